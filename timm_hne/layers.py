@@ -1,0 +1,233 @@
+"""Branched layers: the nodes of one layer of the tree, computed together.
+
+Feature maps are `(B, nodes * C, H, W)` and node-major: node `k` owns the channels `k * C` to `(k + 1) * C - 1`. Where a
+layer branches, the children of a parent are neighbours, so branching is one grouped convolution with one group per
+parent and more outputs: nothing is replicated, unlike in Fig. 2 of the paper.
+
+Every `forward` takes a `span`, the half-open range of the layer's nodes to compute, and expects in `x` exactly the
+parents of these nodes. `None` means all nodes. A prefix is the span that starts at 0; anytime inference uses others.
+"""
+import math
+from typing import List, Optional, Tuple  # TorchScript reads these annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from timm.models import checkpoint
+
+
+class BranchedConv2d(nn.Conv2d):
+    """Convolution of `nodes` nodes whose inputs come from `parents` nodes.
+
+    Args:
+        in_channels: Input channels of one node.
+        out_channels: Output channels of one node.
+        kernel_size: Height and width of the kernel; the padding keeps the resolution at stride 1.
+        parents: Number of nodes of the previous layer. Divides `nodes`.
+        nodes: Number of nodes of this layer.
+        stride: Stride in pixels.
+        groups: Groups within one node; `in_channels` makes a depth-wise convolution. A branching layer has one.
+
+    Shape:
+        - x: `(B, parents * in_channels, H, W)`, or the parents of `span` only.
+        - Output: `(B, nodes * out_channels, H', W')`, or the nodes of `span` only.
+
+    Raises:
+        ValueError: `groups` is not 1 in a branching layer.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int,
+            parents: int,
+            nodes: int,
+            stride: int = 1,
+            groups: int = 1,
+            device=None,
+            dtype=None,
+    ):
+        if groups != 1 and parents != nodes:
+            raise ValueError(f'groups must be 1 where {parents} parents branch into {nodes} nodes, got {groups}.')
+        super().__init__(
+            parents * in_channels,
+            nodes * out_channels,
+            kernel_size,
+            stride=stride,
+            padding=kernel_size // 2,
+            groups=parents * groups,
+            bias=False,
+            device=device,
+            dtype=dtype,
+        )
+        self.parents = parents
+        self.nodes = nodes
+
+    def init_weights(self) -> None:
+        """Kaiming normal initialisation with the fan-out of one node, independent for every node."""
+        groups_per_node = self.groups // self.parents
+        fan_out = self.kernel_size[0] * self.kernel_size[1] * self.out_channels // self.nodes // groups_per_node
+        nn.init.normal_(self.weight, std=math.sqrt(2 / fan_out))
+
+    def forward(self, x: torch.Tensor, span: Optional[Tuple[int, int]] = None) -> torch.Tensor:
+        if span is None:
+            return F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        start, stop = span
+        branching = self.nodes // self.parents
+        # Parents whose children are all asked for share one convolution; the span may cut the family of the first and
+        # of the last parent, which then have a convolution of their own.
+        whole_start = min(-(-start // branching) * branching, stop)
+        whole_stop = max(stop // branching * branching, whole_start)
+        cuts = [start, whole_start, whole_stop, stop]
+        in_channels = self.in_channels // self.parents
+        out_channels = self.out_channels // self.nodes
+        outputs: List[torch.Tensor] = []
+        for i in range(3):
+            first, last = cuts[i], cuts[i + 1]
+            if first < last:
+                parent_start = first // branching - start // branching
+                parent_stop = -(-last // branching) - start // branching
+                outputs.append(F.conv2d(
+                    x[:, parent_start * in_channels:parent_stop * in_channels],
+                    self.weight[first * out_channels:last * out_channels],
+                    None,
+                    self.stride,
+                    self.padding,
+                    self.dilation,
+                    (parent_stop - parent_start) * (self.groups // self.parents),
+                ))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, parents={self.parents}, nodes={self.nodes}'
+
+
+class ConvNormAct(nn.Module):
+    """Branched convolution, batch normalisation and activation.
+
+    Args:
+        in_channels: Input channels of one node.
+        out_channels: Output channels of one node.
+        kernel_size: Height and width of the kernel.
+        parents: Number of nodes of the previous layer.
+        nodes: Number of nodes of this layer.
+        stride: Stride in pixels.
+        groups: Groups within one node.
+        act_layer: Activation, or None for none.
+
+    Shape:
+        As `BranchedConv2d`.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int,
+            parents: int,
+            nodes: int,
+            stride: int = 1,
+            groups: int = 1,
+            act_layer: Optional[type] = nn.ReLU,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv = BranchedConv2d(in_channels, out_channels, kernel_size, parents, nodes, stride, groups, **dd)
+        # timm's own module, called as it is on the full path, so that converting it (synchronised or frozen batch
+        # normalisation) works as for any timm model.
+        self.bn = BatchNormAct2d(nodes * out_channels, apply_act=act_layer is not None, act_layer=act_layer, **dd)
+
+    def forward(self, x: torch.Tensor, span: Optional[Tuple[int, int]] = None) -> torch.Tensor:
+        x = self.conv(x, span)
+        if span is None:
+            return self.bn(x)
+        channels = self.conv.out_channels // self.conv.nodes
+        start, stop = span[0] * channels, span[1] * channels
+        bn = self.bn
+        x = F.batch_norm(
+            x,
+            bn.running_mean[start:stop],
+            bn.running_var[start:stop],
+            bn.weight[start:stop],
+            bn.bias[start:stop],
+            bn.training,
+            bn.momentum,
+            bn.eps,
+        )
+        return bn.act(x)
+
+
+class BranchedLinear(nn.Module):
+    """One linear layer per node.
+
+    Args:
+        in_features: Input features of one node.
+        out_features: Output features of one node.
+        nodes: Number of nodes.
+
+    Shape:
+        - x: `(B, nodes, in_features)`, or the nodes of `span` only.
+        - Output: `(B, nodes, out_features)`, or the nodes of `span` only.
+    """
+
+    def __init__(self, in_features: int, out_features: int, nodes: int, device=None, dtype=None):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.nodes = nodes
+        # Two-dimensional and node-major, so that timm and the optimisers treat it like any classifier.
+        self.weight = nn.Parameter(torch.empty(nodes * out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(nodes * out_features, device=device, dtype=dtype))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The initialisation of `nn.Linear` for the weights, zero for the bias."""
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor, span: Optional[Tuple[int, int]] = None) -> torch.Tensor:
+        start, stop = (0, self.nodes) if span is None else span
+        weight = self.weight[start * self.out_features:stop * self.out_features]
+        bias = self.bias[start * self.out_features:stop * self.out_features]
+        weight = weight.view(stop - start, self.out_features, self.in_features)
+        x = torch.matmul(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+        return x + bias.view(stop - start, self.out_features)
+
+    def extra_repr(self) -> str:
+        return f'{self.in_features}, {self.out_features}, nodes={self.nodes}'
+
+
+class BranchedIdentity(nn.Identity):
+    """Stands where a `BranchedLinear` is left out."""
+
+    def forward(self, x: torch.Tensor, span: Optional[Tuple[int, int]] = None) -> torch.Tensor:
+        return x
+
+
+class TreeBlock(nn.Sequential):
+    """One block of the tree: layers that share a number of nodes, of which the first may branch.
+
+    Args:
+        layers: Branched layers. The first takes the features of the parents.
+        nodes: Number of nodes of the block.
+        out_channels: Output channels of one node.
+    """
+
+    def __init__(self, *layers: nn.Module, nodes: int, out_channels: int):
+        super().__init__(*layers)
+        self.nodes = nodes
+        self.out_channels = out_channels
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor, span: Optional[Tuple[int, int]] = None) -> torch.Tensor:
+        for layer in self:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(layer, x, span)
+            else:
+                x = layer(x, span)
+        return x
