@@ -181,13 +181,14 @@ class HierarchicalEnsemble(nn.Module):
 
         Args:
             num_classes: Number of classes, 0 for no classifier.
-            global_pool: timm's name of a pooling, '' for none; as it is if None.
+            global_pool: timm's name of a pooling, '' for none. As it is if None, except that a classifier brings back
+                the average pooling of a model that has none.
 
         Raises:
-            ValueError: A classifier is asked for without a pooling.
+            ValueError: A classifier is asked for with `global_pool=''`.
         """
         if global_pool is None:
-            global_pool = self.global_pool.pool_type
+            global_pool = self.global_pool.pool_type or ('avg' if num_classes else '')
         self._create_head(num_classes, global_pool, get_device_dtype(self))
         self.classifier.train(self.training)
         self.global_pool.train(self.training)

@@ -36,7 +36,7 @@ def validate_nodes(nodes: Sequence[int], num_blocks: int | None = None) -> tuple
         raise ValueError(f'nodes must be positive, got {nodes}.')
     for parents, children in zip(nodes, nodes[1:]):
         if children % parents:
-            raise ValueError(f'every entry of nodes must divide the next one, not so {parents} and {children}: {nodes}.')
+            raise ValueError(f'every entry of nodes must divide the next, not so {parents} and {children}: {nodes}.')
     return nodes
 
 
