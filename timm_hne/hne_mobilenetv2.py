@@ -7,9 +7,10 @@ from typing import Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
 from .ensemble import HierarchicalEnsemble
+from .hub import build_model
 from .layers import ConvNormAct, TreeBlock
 from .tree import validate_nodes
 
@@ -126,7 +127,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_hne_mobilenetv2(variant: str, pretrained: bool = False, **kwargs) -> HNEMobileNetV2:
-    return build_model_with_cfg(
+    return build_model(
         HNEMobileNetV2,
         variant,
         pretrained,

@@ -6,9 +6,10 @@ from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
 from .ensemble import HierarchicalEnsemble
+from .hub import build_model
 from .layers import ConvNormAct, TreeBlock
 from .tree import validate_nodes
 
@@ -130,7 +131,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_hne_resnet(variant: str, pretrained: bool = False, **kwargs) -> HNEResNet:
-    return build_model_with_cfg(
+    return build_model(
         HNEResNet,
         variant,
         pretrained,
