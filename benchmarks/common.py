@@ -1,0 +1,88 @@
+"""What the benchmarks share: timing, the description of the machine, and files."""
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+
+def paired_times(callables: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Time callables in turn, so that a change in the machine's speed meets all of them alike.
+
+    Args:
+        callables: What to time, by name. On an accelerator each must wait for its own result.
+        repeats: Number of timed rounds.
+        warmup: Number of rounds before these that are not timed.
+
+    Returns:
+        The seconds of each round, by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in callables}
+    for repeat in range(-warmup, repeats):
+        for name, function in callables.items():
+            start = time.perf_counter()
+            function()
+            elapsed = time.perf_counter() - start
+            if repeat >= 0:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def paired_medians(callables: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Time callables in turn as `paired_times` does and return the median seconds of each."""
+    return {name: statistics.median(times) for name, times in paired_times(callables, repeats, warmup).items()}
+
+
+def machine() -> dict[str, Any]:
+    """Describe the processor, the threads in use and the versions of what computes."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path('/proc/cpuinfo')
+    if cpuinfo.exists():
+        models = [line.split(':', 1)[1].strip() for line in cpuinfo.read_text().splitlines() if 'model name' in line]
+        cpu = models[0] if models else cpu
+    description = {
+        'cpu': cpu,
+        'instructions': torch.backends.cpu.get_cpu_capability(),
+        'cores': os.cpu_count(),
+        'threads': torch.get_num_threads(),
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+    }
+    if torch.cuda.is_available():
+        description['gpu'] = torch.cuda.get_device_name()
+    return description
+
+
+def describe_machine() -> str:
+    """Return the description of the machine as one line of text."""
+    return ', '.join(f'{key} {value}' for key, value in machine().items())
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table; the first column is text, the others are numbers."""
+    lines = [header, ['---'] + ['---:'] * (len(header) - 1), *rows]
+    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines) + '\n'
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file under a temporary name, then rename it."""
+    write_text(path, json.dumps(value, indent=2) + '\n')
