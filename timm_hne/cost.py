@@ -1,0 +1,124 @@
+"""What n members cost: multiply-accumulates and parameters (section 3.1 of the paper)."""
+import argparse
+import copy
+import logging
+import warnings
+from dataclasses import dataclass
+
+import timm
+import torch
+
+from .ensemble import HierarchicalEnsemble
+from .tree import node_span, prefixes
+
+# fvcore's names of what counts as a MAC in the paper: convolutions and linear layers, nothing else.
+_MAC_OPERATORS = ('conv', 'linear', 'matmul')
+
+
+@dataclass(frozen=True)
+class MemberCost:
+    """The cost of evaluating the first n members for one image.
+
+    Attributes:
+        num_members: Number of members, n.
+        macs: Multiply-accumulates of convolutions and linear layers.
+        params: Parameters of the nodes that are evaluated.
+        ratio: `macs` over those of n independent networks.
+        predicted_ratio: The same if all blocks cost the same: Eq. 8, for any tree and any n.
+    """
+    num_members: int
+    macs: int
+    params: int
+    ratio: float
+    predicted_ratio: float
+
+
+def member_macs(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | None = None) -> dict[int, int]:
+    """Count the multiply-accumulates of one image for every number of members, with fvcore.
+
+    Args:
+        model: Any `hne_*` model; it is neither run nor changed.
+        img_size: Height and width of the image in pixels; the model's own if None.
+
+    Returns:
+        MACs for n = 1..N.
+    """
+    with warnings.catch_warnings():
+        # Importing fvcore scripts functions of its own that have nothing to do with counting.
+        warnings.simplefilter('ignore', FutureWarning)
+        from fvcore.nn import FlopCountAnalysis
+    if img_size is None:
+        img_size = model.pretrained_cfg['input_size'][1:]
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    # fvcore traces a forward pass, which needs memory but no particular values.
+    model = copy.deepcopy(model).to_empty(device='cpu').float().eval()
+    image = torch.zeros(1, model.in_chans, height, width)
+    macs = {}
+    for num_members in range(1, model.ensemble_size + 1):
+        model.num_members = num_members
+        counts = FlopCountAnalysis(model, image).unsupported_ops_warnings(False).by_operator()
+        macs[num_members] = int(sum(counts[operator] for operator in _MAC_OPERATORS))
+    return macs
+
+
+def member_params(model: HierarchicalEnsemble, num_members: int) -> int:
+    """Count the parameters of the nodes that the first n members run through."""
+    parts = [*model.blocks, model.hidden, model.classifier]
+    counts = [*model.nodes, model.ensemble_size, model.ensemble_size]
+    params = 0
+    for part, nodes in zip(parts, counts):
+        # All nodes of a part are alike.
+        params_per_node = sum(p.numel() for p in part.parameters()) // nodes
+        params += params_per_node * node_span(nodes, 0, num_members, model.ensemble_size)[1]
+    return params
+
+
+def cost_table(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | None = None) -> list[MemberCost]:
+    """Return what n members cost, for n = 1..N.
+
+    Args:
+        model: Any `hne_*` model; it is neither run nor changed.
+        img_size: Height and width of the image in pixels; the model's own if None.
+    """
+    macs = member_macs(model, img_size)
+    rows = []
+    for n in macs:
+        nodes = sum(node_span(count, 0, n, model.ensemble_size)[1] for count in model.nodes)
+        rows.append(MemberCost(
+            num_members=n,
+            macs=macs[n],
+            params=member_params(model, n),
+            ratio=macs[n] / (n * macs[1]),
+            predicted_ratio=nodes / (n * len(model.nodes)),
+        ))
+    return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('name', help='a registered model, e.g. hne_resnet50_c16')
+    parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='height and width, or one for both')
+    parser.add_argument('--num-classes', type=int)
+    parser.add_argument('--nodes', type=int, nargs='+', help='nodes of each block, to compare sharing schemes')
+    parser.add_argument('--all', action='store_true', help='every number of members, not only the powers of two')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the cost table of a model."""
+    kwargs = {'num_classes': args.num_classes, 'nodes': args.nodes}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    model = timm.create_model(args.name, device='meta', **kwargs)
+    if not isinstance(model, HierarchicalEnsemble):
+        raise ValueError(f'name must be one of {timm.list_models("hne_*")}, got {args.name!r}.')
+    img_size = model.pretrained_cfg['input_size'][1:] if args.img_size is None else args.img_size
+    if not 1 <= len(img_size) <= 2 or min(img_size) < 1:
+        raise ValueError(f'img_size must be one or two positive numbers of pixels, got {img_size}.')
+    img_size = (img_size[0], img_size[-1])
+    logging.getLogger('fvcore').setLevel(logging.ERROR)
+
+    print(f'{args.name}: nodes {model.nodes}, {model.num_classes} classes, {img_size[0]}x{img_size[1]} pixels')
+    print(f'{"members":>7}  {"MACs":>14}  {"parameters":>12}  {"of n networks":>13}  {"Eq. 8":>6}')
+    for row in cost_table(model, img_size):
+        if args.all or row.num_members in prefixes(model.ensemble_size):
+            print(
+                f'{row.num_members:>7}  {row.macs:>14,}  {row.params:>12,}  {row.ratio:>13.1%}  '
+                f'{row.predicted_ratio:>6.1%}')
