@@ -33,6 +33,17 @@ class MemberCost:
     predicted_ratio: float
 
 
+def _scale_to_prefixes(model: HierarchicalEnsemble, costs: dict[str, int]) -> dict[int, int]:
+    """Turn the cost of all nodes of each part of the model into that of the nodes n members need, for n = 1..N."""
+    size = model.ensemble_size
+    nodes = {f'blocks.{b}': count for b, count in enumerate(model.nodes)} | {'hidden': size, 'classifier': size}
+    return {
+        # The nodes of a part are alike, so the division is exact.
+        n: sum(costs[part] // nodes[part] * node_span(nodes[part], 0, n, size)[1] for part in nodes)
+        for n in range(1, size + 1)
+    }
+
+
 def member_macs(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | None = None) -> dict[int, int]:
     """Count the multiply-accumulates of one image for every number of members, with fvcore.
 
@@ -52,25 +63,20 @@ def member_macs(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | N
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     # fvcore traces a forward pass, which needs memory but no particular values.
     model = copy.deepcopy(model).to_empty(device='cpu').float().eval()
+    model.num_members = None
     image = torch.zeros(1, model.in_chans, height, width)
-    macs = {}
-    for num_members in range(1, model.ensemble_size + 1):
-        model.num_members = num_members
-        counts = FlopCountAnalysis(model, image).unsupported_ops_warnings(False).by_operator()
-        macs[num_members] = int(sum(counts[operator] for operator in _MAC_OPERATORS))
-    return macs
+    analysis = FlopCountAnalysis(model, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return _scale_to_prefixes(model, {
+        part: int(sum(counts[operator] for operator in _MAC_OPERATORS))
+        for part, counts in analysis.by_module_and_operator().items()
+    })
 
 
-def member_params(model: HierarchicalEnsemble, num_members: int) -> int:
-    """Count the parameters of the nodes that the first n members run through."""
-    parts = [*model.blocks, model.hidden, model.classifier]
-    counts = [*model.nodes, model.ensemble_size, model.ensemble_size]
-    params = 0
-    for part, nodes in zip(parts, counts):
-        # All nodes of a part are alike.
-        params_per_node = sum(p.numel() for p in part.parameters()) // nodes
-        params += params_per_node * node_span(nodes, 0, num_members, model.ensemble_size)[1]
-    return params
+def member_params(model: HierarchicalEnsemble) -> dict[int, int]:
+    """Count the parameters of the nodes that n members run through, for n = 1..N."""
+    return _scale_to_prefixes(model, {
+        part: sum(p.numel() for p in module.parameters()) for part, module in model.named_modules()
+    })
 
 
 def cost_table(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | None = None) -> list[MemberCost]:
@@ -80,14 +86,14 @@ def cost_table(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | No
         model: Any `hne_*` model; it is neither run nor changed.
         img_size: Height and width of the image in pixels; the model's own if None.
     """
-    macs = member_macs(model, img_size)
+    macs, params = member_macs(model, img_size), member_params(model)
     rows = []
     for n in macs:
         nodes = sum(node_span(count, 0, n, model.ensemble_size)[1] for count in model.nodes)
         rows.append(MemberCost(
             num_members=n,
             macs=macs[n],
-            params=member_params(model, n),
+            params=params[n],
             ratio=macs[n] / (n * macs[1]),
             predicted_ratio=nodes / (n * len(model.nodes)),
         ))
