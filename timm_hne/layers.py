@@ -148,14 +148,17 @@ class ConvNormAct(nn.Module):
         channels = self.conv.out_channels // self.conv.nodes
         start, stop = span[0] * channels, span[1] * channels
         bn = self.bn
+        training, momentum = False, 0.
+        if hasattr(bn, 'momentum'):  # timm's frozen batch normalisation has none and always uses its own statistics
+            training, momentum = bn.training, bn.momentum
         x = F.batch_norm(
             x,
             bn.running_mean[start:stop],
             bn.running_var[start:stop],
             bn.weight[start:stop],
             bn.bias[start:stop],
-            bn.training,
-            bn.momentum,
+            training,
+            momentum,
             bn.eps,
         )
         return bn.act(x)
