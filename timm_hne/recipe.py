@@ -1,0 +1,137 @@
+"""The keys of a training recipe."""
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+from .losses import OBJECTIVES
+
+__all__ = ['TrainConfig']
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The keys of a recipe.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of range.
+    """
+
+    # Data
+    dataset: str = ''  # timm's name: '' for an image folder, 'torch/cifar10', 'hfds/...', 'wds/...'; or 'digits'
+    data_dir: str | None = None  # folder of the data
+    train_split: str = 'train'
+    val_split: str = 'validation'  # split that is evaluated after each epoch
+    val_fraction: float = 0.  # if not 0, evaluate on this seeded part of the training split instead
+    max_train_images: int | None = None  # train on a seeded choice of so many images
+    num_classes: int | None = None  # what the data set must have; needed for data sets that do not tell
+    download: bool = False  # fetch the data set if timm can
+    unreadable: str = 'error'  # images that cannot be read: 'error' stops, 'skip' names, counts and skips them
+    in_memory: bool = False  # decode all images once and augment in batches; for small images of one size
+    num_workers: int = 2  # processes that decode images
+    img_size: int | None = None  # pixels; the model's own if None
+    in_chans: int = 3  # 1 for grey images
+    mean: tuple[float, ...] | None = None  # normalisation; the model's own if None
+    std: tuple[float, ...] | None = None
+
+    # Augmentation
+    hflip: float = 0.5  # probability of a horizontal flip
+    crop_padding: int = 4  # in memory: pixels of zero padding before the random crop
+    scale: tuple[float, float] = (0.08, 1.)  # not in memory: area of the random resized crop
+    color_jitter: float = 0.  # not in memory
+    mixup: float = 0.  # alpha of mixup
+    cutmix: float = 0.  # alpha of cutmix
+    smoothing: float = 0.  # label smoothing
+
+    # Model and objective
+    model: str = 'hne_resnet50_c8'
+    model_kwargs: dict = field(default_factory=dict)  # arguments of the model, such as nodes: [1, 1, 1, 16, 16]
+    initial_checkpoint: str = ''  # weights to start from
+    objective: str = 'hierarchical_codistillation'
+    alpha: float = 0.5  # weight of the distillation term
+    temperature: float = 2.
+
+    # Optimisation
+    epochs: int = 200
+    batch_size: int = 128  # of one process
+    grad_accum_steps: int = 1  # batches of one update
+    opt: str = 'momentum'  # timm's name; 'momentum' is plain SGD with momentum, 'sgd' has Nesterov's
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    filter_bias_and_bn: bool = True  # keep weight decay off biases and normalisation
+    opt_kwargs: dict = field(default_factory=dict)  # further arguments of the optimizer
+    clip_grad: float | None = None  # greatest norm of the gradient
+    sched: str = 'cosine'  # timm's name, or 'cyclic' (Mehta et al., 2019)
+    warmup_epochs: float = 0.
+    warmup_lr: float = 1e-5
+    min_lr: float = 0.
+    decay_milestones: tuple[int, ...] = (60, 90, 110, 125, 135, 145)  # of 'cyclic' and 'multistep'
+    decay_rate: float = 0.5
+    ema_decay: float = 0.  # if not 0, evaluate the exponential moving average of the weights
+    ema_warmup: bool = True  # let the decay grow with the number of updates
+
+    # Run
+    seed: int = 0
+    device: str = 'auto'  # 'cuda' if there is one, else 'cpu'
+    amp: bool = False
+    amp_dtype: str = 'bfloat16'  # or 'float16', which scales the loss
+    channels_last: bool = True
+    compile: bool = False  # torch.compile
+    sync_bn: bool = False  # normalise over all processes
+    output_dir: str = 'output'  # checkpoints and logs
+    resume: bool = False  # continue the run in `output_dir`, if there is one
+    log_interval: int = 20  # updates between two looks at the losses
+    progress: bool = True  # show a progress bar
+
+    def __post_init__(self):
+        for key in fields(self):
+            setattr(self, key.name, _coerce(key.name, key.type, getattr(self, key.name)))
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f'objective must be one of {", ".join(OBJECTIVES)}, got {self.objective!r}.')
+        for name, allowed in (('unreadable', ('error', 'skip')), ('amp_dtype', ('bfloat16', 'float16'))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {getattr(self, name)!r}.')
+        for name in ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}.')
+        for name in ('val_fraction', 'smoothing', 'ema_decay'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 0 and below 1, got {getattr(self, name)}.')
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f'batch_size must be even for mixup and cutmix, got {self.batch_size}.')
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> 'TrainConfig':
+        """Create a configuration from a recipe's keys.
+
+        Raises:
+            ValueError: A key is unknown; the message names the nearest one.
+        """
+        known = [key.name for key in fields(cls)]
+        for name in values:
+            if name not in known:
+                nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.)[0]
+                raise ValueError(f'unknown key {name!r} in the recipe, did you mean {nearest!r}?')
+        return cls(**values)
+
+
+def _coerce(name: str, annotation: Any, value: Any) -> Any:
+    """Bring a value, as YAML reads it, to its declared type."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if value is None and NoneType in kinds:
+        return None
+    kind = get_origin(kinds[0]) or kinds[0]
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-5 as a string
+        except ValueError:
+            pass
+    elif kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(name, get_args(kinds[0])[0], item) for item in value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    expected = getattr(annotation, '__name__', annotation)
+    raise TypeError(f'{name} must be of type {expected}, got {value!r} of type {type(value).__name__}.')
