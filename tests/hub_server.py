@@ -283,7 +283,7 @@ class Handler(BaseHTTPRequestHandler):
         file = self.file_at(commit, path)
         headers = {'X-Repo-Commit': commit.oid, 'X-Linked-Etag': f'"{file.oid}"', 'X-Linked-Size': len(file.data)}
         if file.lfs:
-            headers['Location'] = f'{self.hub.cdn}/cdn/{file.oid}?signature=abc'
+            headers['Location'] = f'{self.hub.cdn}/cdn/{file.oid}?filename={quote(path)}&signature=abc'
             return 302, b'', headers
         headers['Location'] = f'/api/resolve-cache/models/{repo_id}/{commit.oid}/{quote(path)}'
         return 307, b'', headers
@@ -295,7 +295,9 @@ class Handler(BaseHTTPRequestHandler):
     def cdn(self, oid: str):
         if self.headers.get('Authorization'):
             raise HubError(400, 'Only one auth mechanism allowed')
-        return self.ranged(self.hub.objects[oid], {'ETag': f'"{oid}"'})
+        name = parse_qs(self.url.query).get('filename', [''])[0]
+        disposition = f'inline; filename="{name}";'
+        return self.ranged(self.hub.objects[oid], {'ETag': f'"{oid}"', 'Content-Disposition': disposition})
 
     def ranged(self, data: bytes, headers: dict):
         wanted = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))

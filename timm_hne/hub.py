@@ -21,7 +21,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, list_pretrained, lo
 from .tree import validate_nodes
 from .version import __version__
 
-__all__ = ['DigestError', 'build_model', 'packaged', 'read_digests']
+__all__ = ['DigestError', 'build_model', 'digest', 'fit_weights', 'packaged', 'read_digests']
 
 _logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def build_model(
             _check_config(weights, cfg, kwargs.get('pretrained_model_args') or {}, model_cls, model_kwargs)
         model = model_cls(**model_kwargs)
         source = dict(
-            state_dict=_fit(weights, model, cfg),
+            state_dict=fit_weights(weights, model, cfg),
             num_classes=cfg.num_classes,
             input_size=cfg.input_size,
             first_conv=cfg.first_conv,
@@ -150,12 +150,13 @@ def read_digests(path: str | PathLike) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition('  ') for line in lines)}
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
+    """Return the SHA-256 of some bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def _check(name: str | PathLike, data: bytes, expected: str | None) -> None:
-    found = _digest(data)
+    found = digest(data)
     if found != expected:
         raise DigestError(f'{name} has the SHA-256 digest {found}, but {expected or "none"} is recorded for it.')
 
@@ -170,10 +171,10 @@ def _download(repo_id: str, filename: str, revision: str | None, cache_dir: str 
             library_name='timm-hne',
             library_version=__version__,
         ))
-    except OSError:
-        raise  # the client's own errors say what is wrong
+    except RemoteEntryNotFoundError:
+        raise
     except Exception as error:
-        raise ConnectionError(f'The download of {filename} from {repo_id} failed, try again: {error!r}.') from error
+        raise OSError(f'{filename} of {repo_id} is not in the cache and its download failed: {error}') from error
 
 
 def _fetch(model_id: str, filenames: tuple[str, ...], cache_dir: str | PathLike | None) -> list[bytes]:
@@ -203,10 +204,10 @@ def _fetch(model_id: str, filenames: tuple[str, ...], cache_dir: str | PathLike 
             digests = read_digests(paths[0])
         files = [_download(repo_id, name, revision, cache_dir) for name in filenames]
         attempts.append([file.read_bytes() for file in files])
-        wrong = [(file, data) for file, data in zip(files, attempts[-1]) if _digest(data) != digests.get(file.name)]
+        wrong = [(file, data) for file, data in zip(files, attempts[-1]) if digest(data) != digests.get(file.name)]
         if not wrong:
             break
-        for path in (*paths, *files):
+        for path in (*paths, *(file for file, _ in wrong)):
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         name, data = wrong[0][0].name, wrong[0][1]
@@ -257,10 +258,10 @@ def _check_config(
             f'first_conv={cfg.first_conv!r}, the weights have {None if stem is None else tuple(stem.shape)} there.')
     if set(args) - {'nodes', 'num_classes', 'in_chans', 'num_members', 'global_pool'}:
         # any other argument may change sizes: look at the shapes without the memory
-        _fit(weights, model_cls(**{**model_kwargs, 'device': 'meta'}), cfg)
+        fit_weights(weights, model_cls(**{**model_kwargs, 'device': 'meta'}), cfg)
 
 
-def _fit(weights: dict[str, torch.Tensor], model: nn.Module, cfg: PretrainedCfg) -> dict[str, torch.Tensor]:
+def fit_weights(weights: dict[str, torch.Tensor], model: nn.Module, cfg: PretrainedCfg) -> dict[str, torch.Tensor]:
     """Return the part of a checkpoint that a model consists of: all of it, or the first nodes of every block.
 
     The classifier and the first convolution are left to timm where the numbers of classes or channels differ.
@@ -293,7 +294,8 @@ def _fit(weights: dict[str, torch.Tensor], model: nn.Module, cfg: PretrainedCfg)
             shape = torch.Size((shape[0], cfg.input_size[0], *shape[2:]))
         if found.shape != shape or found.is_floating_point() != target[name].is_floating_point():
             wrong.append(f'{name} {found.dtype} {tuple(found.shape)} instead of {target[name].dtype} {tuple(shape)}')
-        fitted[name] = found[:target[name].shape[0]] if shape else found
+        else:
+            fitted[name] = found[:target[name].shape[0]] if shape else found
     if wrong:
         raise ValueError(f'The weights are not those of this model: {_some(wrong)}.')
     if not _is_prefix(model.nodes, nodes):

@@ -1,0 +1,379 @@
+"""Publishing a trained ensemble: a folder that timm reads, uploaded to the Hugging Face Hub as one commit."""
+import argparse
+import copy
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import load_file
+from timm.models import PretrainedCfg, clean_state_dict, save_for_hf
+from timm.utils import ParseKwargs
+
+from .ensemble import HierarchicalEnsemble
+from .hub import CONFIG_NAME, DIGESTS_NAME, digest, fit_weights
+from .tree import prefixes
+
+__all__ = ['load_checkpoint', 'publish', 'render_card', 'write_folder']
+
+CARD_NAME = 'README.md'
+RESULTS_NAME = 'evaluation.json'
+RECIPE_NAME = 'recipe.yaml'
+PLOT_NAME = 'accuracy.png'
+DTYPES = {'float16': torch.float16, 'float32': torch.float32}
+COLUMNS = ('num_members', 'top1', 'top5', 'macs', 'logit_std', 'nll', 'ece')
+
+
+def publish(
+        model: HierarchicalEnsemble,
+        repo_id: str,
+        results: Mapping[str, Any],
+        recipe: Mapping[str, Any],
+        folder: str | os.PathLike | None = None,
+        dtype: str = 'float16',
+        label_names: list[str] | None = None,
+        private: bool = False,
+        revision: str = 'main',
+        token: str | None = None,
+        dry_run: bool = False,
+) -> str:
+    """Publish a model: write a folder, upload it as one commit, download it again and compare.
+
+    Publishing the same thing twice makes no second commit.
+
+    Args:
+        model: A trained model, made by `timm.create_model`.
+        repo_id: 'user/name' of the repository. It is made if it does not exist.
+        results: What `timm-hne eval` measured.
+        recipe: How the model was trained.
+        folder: Folder to write; the repository's name, in the current directory, if None.
+        dtype: 'float16' or 'float32', the data type of the stored weights.
+        label_names: Names of the classes.
+        private: Make a new repository private.
+        revision: Branch to commit to. It is made if it does not exist.
+        token: Token of the Hub; the one of `hf auth login` or `HF_TOKEN` if None.
+        dry_run: Write the folder only.
+
+    Returns:
+        The URL of the commit, or the path of the folder after a dry run.
+
+    Raises:
+        ValueError: An argument is not what it must be, the weights are not finite, the repository holds something else,
+            or what was downloaded differs from what was uploaded.
+        OSError: The Hub refuses, or is out of reach.
+    """
+    validate_repo_id(repo_id)
+    if repo_id.count('/') != 1:
+        raise ValueError(f"repo_id must be 'user/name', got {repo_id!r}.")
+    folder = Path(repo_id.split('/')[1] if folder is None else folder)
+    files = write_folder(model, folder, f'hf-hub:{repo_id}', results, recipe, dtype, label_names)
+    if dry_run:
+        return str(folder)
+    try:
+        return _upload(folder, files, repo_id, private, revision, token)
+    except (OSError, ValueError, RuntimeError):
+        raise  # the client's own errors say what is wrong
+    except Exception as error:
+        raise ConnectionError(f'Publishing to {repo_id} was interrupted, try again: {error!r}.') from error
+
+
+def _upload(folder: Path, files: list[str], repo_id: str, private: bool, revision: str, token: str | None) -> str:
+    api = HfApi(token=token, library_name='timm-hne')
+    api.whoami()  # says clearly what is wrong with a token, before anything is made
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision != 'main':
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    head = api.model_info(repo_id, revision=revision)
+    present = {file.rfilename for file in head.siblings} - {'.gitattributes', CARD_NAME}
+    if present and DIGESTS_NAME not in present:
+        raise ValueError(f'repo_id must be a new repository or one of an HNE, but {repo_id} holds {sorted(present)}.')
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, folder / name) for name in files],
+        commit_message=f'Publish {repo_id.split("/")[1]}',
+        revision=revision,
+        parent_commit=head.sha,
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        for name in files:
+            path = hf_hub_download(repo_id, name, revision=commit.oid, cache_dir=cache, token=token)
+            if Path(path).read_bytes() != (folder / name).read_bytes():
+                raise ValueError(f'{name} differs after a download from {commit.commit_url}, publish it again.')
+        timm.create_model(f'local-dir:{Path(path).parent}', pretrained=True)
+    return str(commit.commit_url)
+
+
+# The folder
+
+
+def write_folder(
+        model: HierarchicalEnsemble,
+        folder: str | os.PathLike,
+        source: str,
+        results: Mapping[str, Any],
+        recipe: Mapping[str, Any],
+        dtype: str = 'float16',
+        label_names: list[str] | None = None,
+) -> list[str]:
+    """Write the files of a repository: weights, configuration, card, evaluation, recipe and their digests.
+
+    Args:
+        model: A trained model, made by `timm.create_model`.
+        folder: Folder to write into.
+        source: Name under which the published model is created, e.g. 'hf-hub:user/name'.
+        results: What `timm-hne eval` measured.
+        recipe: How the model was trained.
+        dtype: 'float16' or 'float32', the data type of the stored weights.
+        label_names: Names of the classes.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        TypeError: `model` is not a hierarchical ensemble.
+        ValueError: An argument is not what it must be, or the weights are not finite in `dtype`.
+    """
+    if not isinstance(model, HierarchicalEnsemble) or not hasattr(model, 'pretrained_cfg'):
+        raise TypeError(f'model must be an hne_* model made by timm.create_model, got {type(model).__name__}.')
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype must be one of {sorted(DTYPES)}, got {dtype!r}.')
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise ValueError(f'label_names must have {model.num_classes} entries, got {len(label_names)}.')
+    if not recipe:
+        raise ValueError('recipe must say how the model was trained, got nothing.')
+    rows = _check_results(results, model)
+    model = copy.deepcopy(model).to('cpu', DTYPES[dtype])
+    bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f'The weights are not finite in {dtype}: {", ".join(bad[:3])} and {len(bad) - 1} in all.')
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary)
+        model_config = dict(label_names=label_names) if label_names else None
+        save_for_hf(
+            model, new, model_config, model_args=dict(nodes=list(model.nodes)), safe_serialization=True)
+        config = json.loads((new / CONFIG_NAME).read_text())
+        config['model_args'].pop('num_members', None)  # chosen by who loads, and out of range for a prefix
+        _write_json(new / CONFIG_NAME, config)
+        _write_json(new / RESULTS_NAME, results)
+        (new / RECIPE_NAME).write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
+        _plot(rows, new / PLOT_NAME)
+        (new / CARD_NAME).write_text(render_card(config, source, results), encoding='utf-8')
+        names = sorted(path.name for path in new.iterdir())
+        (new / DIGESTS_NAME).write_text(''.join(f'{digest((new / name).read_bytes())}  {name}\n' for name in names))
+        for name in (*names, DIGESTS_NAME):
+            os.replace(new / name, folder / name)
+    return [*names, DIGESTS_NAME]
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + '\n')
+
+
+def _check_results(results: Mapping[str, Any], model: HierarchicalEnsemble) -> list[Mapping[str, Any]]:
+    """Return the row of every number of members."""
+    rows = results.get('members') if isinstance(results, Mapping) else None
+    if not rows:
+        raise ValueError(f"results must be what `timm-hne eval` wrote, with 'members', got {results!r:.200}.")
+    for row in rows:
+        wrong = {key: row.get(key) for key in COLUMNS if not _is_finite(row.get(key))}
+        if wrong:
+            raise ValueError(f'results must have a number for each of {COLUMNS}, got {wrong}.')
+    members = [row['num_members'] for row in rows]
+    if members != list(range(1, model.ensemble_size + 1)):
+        raise ValueError(f'results must be those of 1 to {model.ensemble_size} members, got those of {members}.')
+    return rows
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+# The card
+
+
+def render_card(config: Mapping[str, Any], source: str, results: Mapping[str, Any]) -> str:
+    """Return the model card of a published model.
+
+    Args:
+        config: Its config.json.
+        source: Name under which it is created, e.g. 'hf-hub:user/name'.
+        results: Its evaluation.json.
+    """
+    cfg = config['pretrained_cfg']
+    nodes = config['model_args']['nodes']
+    name = source.split('/')[-1]
+    rows = [row for row in results['members'] if row['num_members'] in prefixes(nodes[-1])]
+    evaluation = [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type=results['dataset'],
+            dataset_name=results['dataset'],
+            dataset_split=results['split'],
+            metric_type='accuracy',
+            metric_name=f'Accuracy of {row["num_members"]} member{"s" * (row["num_members"] > 1)}',
+            metric_value=round(row['top1'], 2),
+        )
+        for row in rows
+    ]
+    card_data = ModelCardData(
+        library_name='timm',
+        pipeline_tag='image-classification',
+        license=cfg['license'],
+        datasets=[results['dataset']],
+        metrics=['accuracy'],
+        tags=['image-classification', 'timm', 'ensemble', 'adaptive-inference'],
+        model_name=name,
+        eval_results=evaluation,
+    )
+    return str(ModelCard.from_template(
+        card_data,
+        template_path=str(Path(__file__).with_name('model_card.md')),
+        name=name,
+        source=source,
+        architecture=config['architecture'],
+        origin_url=cfg['origin_url'],
+        num_classes=config['num_classes'],
+        label_names=config.get('label_names'),
+        input_size=cfg['input_size'],
+        nodes=tuple(nodes),
+        ensemble_size=nodes[-1],
+        results=results,
+        rows=rows,
+    ))
+
+
+def _plot(rows: list[Mapping[str, Any]], path: Path) -> None:
+    """Draw the accuracy of every number of members against its MACs."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError('The plot of the card needs matplotlib: pip install timm-hne[plots]') from error
+    figure = Figure(figsize=(5, 3.5), layout='constrained')
+    axes = figure.subplots()
+    axes.plot([row['macs'] / 1e6 for row in rows], [row['top1'] for row in rows], marker='o')
+    for row in rows:
+        if row['num_members'] in prefixes(len(rows)):
+            point = row['macs'] / 1e6, row['top1']
+            axes.annotate(f'n={row["num_members"]}', point, xytext=(3, -10), textcoords='offset points')
+    axes.set(xlabel='MACs of one image (M)', ylabel='top-1 accuracy (%)', xscale='log')
+    figure.savefig(path, dpi=120, metadata={'Software': None})  # no version: same results, same bytes
+
+
+# The command
+
+
+def load_checkpoint(
+        path: str | os.PathLike,
+        name: str | None = None,
+        **model_kwargs,
+) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
+    """Load what a training run or a dry run left behind.
+
+    Args:
+        path: A checkpoint of timm's or this project's training, a safetensors file, or a folder with a `config.json`.
+        name: Architecture; that of the checkpoint if None.
+        **model_kwargs: Arguments of the model, beside those in the checkpoint.
+
+    Returns:
+        The model, and the arguments of the training run as far as the checkpoint has them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, unfinished, or holds another model; or its architecture is unknown.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return timm.create_model(f'local-dir:{path}', pretrained=True, **model_kwargs), {}
+    state_dict, args, epoch = _read_checkpoint(path)
+    last = path.with_name('last.pth.tar')
+    if last.exists():
+        epoch = _read_checkpoint(last)[2]
+    if epoch is not None and epoch + 1 < args.get('epochs', 0):
+        raise ValueError(f'{path} is unfinished: {epoch + 1} of {args["epochs"]} epochs are done.')
+    name = name or args.get('model')
+    if not name:
+        raise ValueError(f'{path} does not say which architecture it is: give its name.')
+    kwargs = {key: args[key] for key in ('num_classes', 'in_chans') if args.get(key)}
+    kwargs.update(args.get('model_kwargs') or {}, **model_kwargs)
+    model = timm.create_model(name, **kwargs)
+    if not isinstance(model, HierarchicalEnsemble):
+        raise ValueError(f'{path} must hold an hne_* model, got {name!r}.')
+    cfg = PretrainedCfg(**{
+        **model.pretrained_cfg, 'num_classes': model.num_classes, 'input_size': (model.in_chans, 0, 0)})
+    model.load_state_dict(fit_weights(state_dict, model, cfg))
+    return model, args
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], int | None]:
+    """Return weights, arguments and epoch."""
+    if not path.exists():
+        raise FileNotFoundError(f'There is no checkpoint {path}.')
+    try:
+        if path.suffix == '.safetensors':
+            return load_file(path), {}, None
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        weights = checkpoint.get('state_dict_ema') or checkpoint['state_dict']
+        args = checkpoint.get('args') or {}
+        return clean_state_dict(weights), dict(args if isinstance(args, Mapping) else vars(args)), checkpoint['epoch']
+    except Exception as error:
+        raise ValueError(f'{path} is not a complete checkpoint: {error!r}.') from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `timm-hne publish`."""
+    parser.add_argument('checkpoint', help='checkpoint of a training run, safetensors file, or published folder')
+    parser.add_argument('--repo-id', required=True, metavar='USER/NAME', help='repository on the Hub')
+    parser.add_argument('--private', action='store_true', help='make a new repository private')
+    parser.add_argument('--revision', default='main', help='branch to commit to (default: %(default)s)')
+    parser.add_argument('--dry-run', action='store_true', help='write the folder, upload nothing')
+    parser.add_argument('--folder', help="folder to write (default: the repository's name)")
+    parser.add_argument('--dtype', choices=sorted(DTYPES), default='float16', help='default: %(default)s')
+    parser.add_argument('--model', help='architecture, if the checkpoint does not say')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='e.g. num_classes=10')
+    parser.add_argument('--results', help=f'output of `timm-hne eval` (default: {RESULTS_NAME} beside the checkpoint)')
+    parser.add_argument(
+        '--recipe', help=f'YAML file (default: {RECIPE_NAME} or args.yaml beside the checkpoint)')
+    parser.add_argument('--label-names', nargs='+', metavar='NAME', help='names of the classes, in order')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Publish a checkpoint."""
+    path = Path(args.checkpoint)
+    beside = path if path.is_dir() else path.parent
+    results = _find('results', args.results, beside, RESULTS_NAME)
+    recipe = _find('recipe', args.recipe, beside, RECIPE_NAME, 'args.yaml')
+    model, _ = load_checkpoint(path, args.model, **args.model_kwargs)
+    where = publish(
+        model,
+        args.repo_id,
+        results,
+        recipe,
+        folder=args.folder,
+        dtype=args.dtype,
+        label_names=args.label_names,
+        private=args.private,
+        revision=args.revision,
+        dry_run=args.dry_run,
+    )
+    print(f'Wrote {where}' if args.dry_run else f'Published and verified: {where}')
+
+
+def _find(argument: str, given: str | None, folder: Path, *names: str) -> Any:
+    """Read the YAML or JSON file that was given, or the first of `names` in `folder`."""
+    paths = [Path(given)] if given else [folder / name for name in names]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f'{argument}: there is no {" or ".join(str(path) for path in paths)}.')
+    return yaml.safe_load(path.read_text(encoding='utf-8'))
