@@ -2,11 +2,18 @@
 from .ensemble import HierarchicalEnsemble
 from .hne_mobilenetv2 import HNEMobileNetV2
 from .hne_resnet import HNEResNet
+from .inference import calibrate_threshold, early_exit
+from .losses import HNELoss
+from .task import HNETask
 from .version import __version__
 
 __all__ = [
+    'HNELoss',
     'HNEMobileNetV2',
     'HNEResNet',
+    'HNETask',
     'HierarchicalEnsemble',
     '__version__',
+    'calibrate_threshold',
+    'early_exit',
 ]

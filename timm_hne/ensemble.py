@@ -1,5 +1,6 @@
 """The timm contract of a hierarchical neural ensemble, written once for every family."""
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union  # TorchScript reads these annotations
+# TorchScript reads these annotations.
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -40,6 +41,7 @@ class HierarchicalEnsemble(nn.Module):
     Attributes:
         nodes: Number of nodes of each block.
         ensemble_size: Number of members, N.
+        num_leaves: Leaves of the tree: N, unless `extract` left some out.
         blocks: The blocks of the tree; `blocks[b](x, span)` computes some of the nodes of block b.
         num_features: Channels of the last feature map, all members together.
         head_hidden_size: Features before the classifier, all members together.
@@ -49,7 +51,7 @@ class HierarchicalEnsemble(nn.Module):
         ValueError: `num_members` is not from 1 to N, or a classifier is asked for without a pooling.
     """
     # The scripted module keeps the default that it was scripted with.
-    __jit_unused_properties__ = ['num_members']  # noqa: RUF012
+    __jit_unused_properties__ = ['num_members', 'feature_info']  # noqa: RUF012
 
     def __init__(
             self,
@@ -67,7 +69,7 @@ class HierarchicalEnsemble(nn.Module):
     ):
         super().__init__()
         self.nodes = tuple(block.nodes for block in blocks)
-        self.ensemble_size = self.nodes[-1]
+        self.ensemble_size = self.num_leaves = self.nodes[-1]
         self._num_members = self.ensemble_size
         self.num_members = num_members
         self.num_classes = num_classes
@@ -75,19 +77,11 @@ class HierarchicalEnsemble(nn.Module):
         self.drop_rate = drop_rate
 
         self.blocks = nn.Sequential(*blocks)
+        self.reductions = tuple(reductions)
         self.num_features = blocks[-1].nodes * blocks[-1].out_channels
-        self.feature_info = [
-            dict(
-                num_chs=node_span(block.nodes, 0, self._num_members, self.ensemble_size)[1] * block.out_channels,
-                reduction=reduction,
-                module=f'blocks.{b}',
-            )
-            for b, (block, reduction) in enumerate(zip(blocks, reductions))
-        ]
         dd = {'device': device, 'dtype': dtype}
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
-        pooled_features = blocks[-1].out_channels * self.global_pool.feat_mult()
         if hidden_features:
+            pooled_features = blocks[-1].out_channels * SelectAdaptivePool2d(pool_type=global_pool).feat_mult()
             self.hidden = BranchedLinear(pooled_features, hidden_features, self.ensemble_size, **dd)
             self.hidden_act = hidden_act_layer()
         else:
@@ -97,16 +91,19 @@ class HierarchicalEnsemble(nn.Module):
         self.init_weights()
 
     def _create_head(self, num_classes: int, global_pool: str, dd: Dict[str, Any]) -> None:
+        if num_classes < 0:
+            raise ValueError(f'num_classes must be positive, or 0 for no classifier, got {num_classes}.')
         if num_classes and not global_pool:
             raise ValueError(f'A classifier of {num_classes} classes needs a pooling, got global_pool={global_pool!r}.')
-        self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
-        self.poolings = self.global_pool.feat_mult() if global_pool else 0
-        features = self.num_features // self.nodes[-1] * self.global_pool.feat_mult()
+        pool = SelectAdaptivePool2d(pool_type=global_pool)
+        features = self.num_features // self.nodes[-1] * pool.feat_mult()
         if isinstance(self.hidden, BranchedLinear):
             if self.hidden.in_features != features:
                 raise ValueError(f'global_pool={global_pool!r} does not fit the width of the hidden layer.')
             features = self.hidden.out_features
+        self.num_classes = num_classes
+        self.global_pool = pool
+        self.poolings = pool.feat_mult() if global_pool else 0
         self.head_hidden_size = features * self.nodes[-1]
         self.classifier = BranchedIdentity()
         if num_classes:
@@ -132,6 +129,18 @@ class HierarchicalEnsemble(nn.Module):
             num_members = self.ensemble_size
         self._num_members = validate_num_members(num_members, self.ensemble_size)
 
+    @property
+    def feature_info(self) -> List[Dict[str, Any]]:
+        """Channels, reduction and name of the feature map of each block, for `self.num_members` members."""
+        return [
+            dict(
+                num_chs=node_span(block.nodes, 0, self.num_members, self.num_leaves)[1] * block.out_channels,
+                reduction=reduction,
+                module=f'blocks.{b}',
+            )
+            for b, (block, reduction) in enumerate(zip(self.blocks, self.reductions))
+        ]
+
     def _resolve_num_members(self, num_members: Optional[int]) -> int:
         if torch.jit.is_scripting():
             resolved = self._num_members if num_members is None else num_members
@@ -145,7 +154,7 @@ class HierarchicalEnsemble(nn.Module):
             return validate_num_members(num_members, self.ensemble_size)
 
     def _span(self, num_nodes: int, num_members: int) -> Optional[Tuple[int, int]]:
-        span = node_span(num_nodes, 0, num_members, self.ensemble_size)
+        span = node_span(num_nodes, 0, num_members, self.num_leaves)
         return None if span[1] == num_nodes else span
 
     @torch.jit.ignore
@@ -185,7 +194,8 @@ class HierarchicalEnsemble(nn.Module):
                 the average pooling of a model that has none.
 
         Raises:
-            ValueError: A classifier is asked for with `global_pool=''`.
+            ValueError: `num_classes` is negative, a classifier is asked for with `global_pool=''`, or the pooling does
+                not fit the hidden layer. The model is then as it was.
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type or ('avg' if num_classes else '')
@@ -224,11 +234,16 @@ class HierarchicalEnsemble(nn.Module):
 
         Returns:
             Logits `(B, n, num_classes)`, or features `(B, n, head_hidden_size // N)`.
+
+        Raises:
+            ValueError: The model has no pooling.
         """
         start, stop = (0, self.nodes[-1]) if span is None else span
+        if self.poolings == 0:
+            raise ValueError("The features of a member need a pooling, got global_pool=''.")
         x = self.global_pool(x)
         # A pooling that concatenates several ones does so for all members at once; bring each member's together.
-        features = x.shape[1] // (self.poolings * (stop - start))
+        features = self.num_features // self.nodes[-1]
         x = x.reshape(x.shape[0], self.poolings, stop - start, features).transpose(1, 2).flatten(2)
         x = self.hidden_act(self.hidden(x, span))
         if self.drop_rate > 0.:
@@ -263,10 +278,14 @@ class HierarchicalEnsemble(nn.Module):
 
         Returns:
             Logits `(B, n, num_classes)`; without a classifier, features `(B, n, F)`.
+
+        Raises:
+            TypeError: `num_members` is not an integer.
+            ValueError: `num_members` is not from 1 to `self.ensemble_size`, or the model has no pooling.
         """
         num_members = self._resolve_num_members(num_members)
         x = self.forward_features(x, num_members)
-        return self.head_members(x, self._span(self.ensemble_size, num_members))
+        return self.head_members(x, self._span(self.num_leaves, num_members))
 
     def forward(self, x: torch.Tensor, num_members: Optional[int] = None) -> torch.Tensor:
         """Compute the ensemble's logits, the mean over the first n members (Eq. 5).
@@ -284,6 +303,23 @@ class HierarchicalEnsemble(nn.Module):
         """
         num_members = self._resolve_num_members(num_members)
         return self._forward_head(self.forward_features(x, num_members), num_members)
+
+    @torch.jit.ignore
+    def anytime(
+            self,
+            x: torch.Tensor,
+            schedule: Optional[Sequence[int]] = None,
+            deadline: Optional[float] = None,
+    ) -> Iterator[torch.Tensor]:
+        """Yield the logits after more and more members; see `timm_hne.inference.anytime`."""
+        from .inference import anytime
+        return anytime(self, x, schedule, deadline)
+
+    @torch.jit.ignore
+    def extract(self, num_members: int) -> 'HierarchicalEnsemble':
+        """Return an ordinary model that holds the first n members only; see `timm_hne.extract.extract`."""
+        from .extract import extract
+        return extract(self, num_members)
 
     def forward_intermediates(
             self,
@@ -336,6 +372,8 @@ class HierarchicalEnsemble(nn.Module):
     ) -> List[int]:
         """Drop the blocks after the last one asked for, and the head.
 
+        What is left is an ensemble of fewer members, one for each node of its last block.
+
         Args:
             indices: Blocks that are needed: the last n if an integer.
             prune_norm: Has no effect, no normalisation stands outside the blocks.
@@ -348,6 +386,9 @@ class HierarchicalEnsemble(nn.Module):
         prune_head = prune_head or max_index + 1 < len(self.blocks)
         self.blocks = self.blocks[:max_index + 1]
         self.nodes = self.nodes[:max_index + 1]
+        self._num_members = node_span(self.nodes[-1], 0, self._num_members, self.num_leaves)[1]
+        self.ensemble_size = node_span(self.nodes[-1], 0, self.ensemble_size, self.num_leaves)[1]
+        self.num_leaves = self.nodes[-1]
         self.num_features = self.nodes[-1] * self.blocks[-1].out_channels
         if prune_head:
             self.hidden = BranchedIdentity()
