@@ -1,0 +1,309 @@
+"""Evaluation: what the ensembles of the first n members are worth, for all n, in one pass over the data."""
+import argparse
+import json
+import os
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.models import load_state_dict
+from timm.utils import load_checkpoint_metadata
+from torch.utils.data import Dataset, IterableDataset
+from tqdm import tqdm
+
+from .cost import member_macs
+from .data import DIGITS, DigitsDataset, ImageSubset
+from .ensemble import HierarchicalEnsemble
+from .metrics import EnsembleMetrics
+
+__all__ = ['evaluate', 'load_checkpoint', 'to_markdown']
+
+# Head of a column and format of a value, for every metric of the report.
+_COLUMNS = {
+    'num_members': ('Members n', '{}'),
+    'macs': ('MACs', '{:,}'),
+    'top1': ('Top-1 (%)', '{:.2f}'),
+    'top5': ('Top-5 (%)', '{:.2f}'),
+    'logit_std': ('Std of logits', '{:.4f}'),
+    'nll': ('NLL', '{:.4f}'),
+    'brier': ('Brier', '{:.4f}'),
+    'ece': ('ECE', '{:.4f}'),
+}
+
+
+@torch.inference_mode()
+def evaluate(
+        model: HierarchicalEnsemble,
+        loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        amp_dtype: torch.dtype | None = None,
+        progress: bool = False,
+) -> dict[str, Any]:
+    """Measure every prefix of an ensemble; each image runs through the model once.
+
+    Args:
+        model: Any `hne_*` model. It is evaluated on the device where it is, in evaluation mode.
+        loader: Batches of normalised images (B, C, H, W) and class indices (B,).
+        amp_dtype: Type of automatic mixed precision, e.g. `torch.bfloat16`; none if None.
+        progress: Show a progress bar.
+
+    Returns:
+        model: Name of the architecture.
+        nodes: Nodes of each block.
+        num_images: Number of images.
+        members: For n = 1..N the metrics of `EnsembleMetrics.compute`, and `macs`, those of one image.
+        member_top1: Each member's own accuracy, percent.
+
+    Raises:
+        TypeError: `model` is no hierarchical ensemble.
+        ValueError: There are no images, a label is not one of the model's classes, or the logits are not finite.
+    """
+    if not isinstance(model, HierarchicalEnsemble):
+        raise TypeError(f'model must be a hierarchical ensemble (timm_hne.HierarchicalEnsemble), got {type(model)}.')
+    device = next(model.parameters()).device
+    metrics = EnsembleMetrics(model.ensemble_size, device)
+    img_size = None
+    was_training = model.training
+    model.eval()
+    try:
+        for images, target in tqdm(loader, desc='Evaluating', unit='batch', disable=not progress):
+            images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                member_logits = model.forward_members(images, model.ensemble_size)
+            metrics.update(member_logits, target)
+            img_size = tuple(images.shape[-2:])
+    finally:
+        model.train(was_training)
+
+    measured = metrics.compute()
+    macs = member_macs(model, img_size)
+    return {
+        'model': model.pretrained_cfg['architecture'],
+        'nodes': list(model.nodes),
+        'num_images': metrics.num_images,
+        'members': [{**row, 'macs': macs[row['num_members']]} for row in measured['members']],
+        'member_top1': measured['member_top1'],
+    }
+
+
+def load_checkpoint(path: str | os.PathLike, name: str | None = None) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
+    """Build the model of a checkpoint and load its weights, the averaged ones (EMA) if there are any.
+
+    The sharing scheme, classes and image channels are read off the weights.
+
+    Args:
+        path: Checkpoint of this package's or timm's training, or a state dict, as a PyTorch or safetensors file.
+        name: Name of the model; the one in the checkpoint if None.
+
+    Returns:
+        The model, and the arguments of its training as far as the checkpoint has them, with `epochs` being those done.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint of this model.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'checkpoint does not exist: {path}')
+    try:
+        state = load_state_dict(path)
+        metadata = {} if path.endswith('.safetensors') else load_checkpoint_metadata(path)
+    except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise ValueError(f'checkpoint {path} cannot be read: {error}') from error
+    config = metadata.get('args') or {}
+    config = dict(config if isinstance(config, dict) else vars(config))
+    if 'epoch' in metadata:
+        config['epochs'] = metadata['epoch'] + 1
+
+    name = name or metadata.get('arch')
+    if name is None:
+        raise ValueError(f'checkpoint {path} does not say which model it is of, name it.')
+    kwargs = {**(config.get('model_kwargs') or {}), 'global_pool': config.get('gp')}
+    try:
+        kwargs.update(_sizes(state, _create(name, device='meta', **kwargs)))
+        model = _create(name, **kwargs)
+        model.load_state_dict(state)
+    except KeyError as error:
+        raise ValueError(f'checkpoint {path} is not one of {name}: it lacks the tensor {error}.') from error
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        # PyTorch goes on to name every tensor.
+        reason = ' '.join(' '.join(str(error).splitlines()[:2]).split())
+        raise ValueError(f'checkpoint {path} is not one of {name}: {reason}') from error
+    return model, config
+
+
+def _create(name: str, **kwargs) -> HierarchicalEnsemble:
+    model = timm.create_model(name, **kwargs)
+    if not isinstance(model, HierarchicalEnsemble):
+        raise ValueError(f'model must be a hierarchical ensemble, such as {timm.list_models("hne_*")}, got {name!r}.')
+    return model
+
+
+def _sizes(state: dict[str, torch.Tensor], model: HierarchicalEnsemble) -> dict[str, Any]:
+    """Read arguments of a model off weights; `model` is one of the same architecture."""
+    nodes = []
+    for block in range(len(model.nodes)):
+        key, weight = next((k, v) for k, v in model.state_dict().items() if k.startswith(f'blocks.{block}.'))
+        nodes.append(state[key].shape[0] * model.nodes[block] // weight.shape[0])
+    return {
+        'nodes': tuple(nodes),
+        'num_classes': state[f'{model.pretrained_cfg["classifier"]}.weight'].shape[0] // nodes[-1],
+        'in_chans': state[f'{model.pretrained_cfg["first_conv"]}.weight'].shape[1],
+    }
+
+
+def open_dataset(name: str, root: str | None, split: str, in_chans: int, num_classes: int) -> Dataset:
+    """Open images for evaluation.
+
+    Args:
+        name: timm's name of a data set ('' for an image folder, 'torch/cifar10', 'hfds/...', 'wds/...'), or 'digits'.
+        root: Folder of the data.
+        split: Name of the split.
+        in_chans: Channels of the images, 1 or 3.
+        num_classes: Number of classes of the model.
+
+    Raises:
+        FileNotFoundError: The folder does not exist, or it holds no images of the split.
+        ValueError: The data set has another number of classes or channels.
+    """
+    if name == DIGITS:
+        if in_chans != 1:
+            raise ValueError(f'{DIGITS} are grey images, the model takes images of {in_chans} channels.')
+        dataset = DigitsDataset(train=split == 'train')
+    else:
+        if '/' not in name and not (root and Path(root).exists()):
+            raise FileNotFoundError(f'data_dir must be the folder of the images, got {root!r}, which does not exist.')
+        try:
+            dataset = create_dataset(name, root, split, input_img_mode='L' if in_chans == 1 else 'RGB')
+        except RuntimeError as error:
+            raise FileNotFoundError(f'data_dir {root!r} holds no images of the split {split!r}: {error}') from error
+        reader = getattr(dataset, 'reader', None)
+        if isinstance(reader, ReaderImageFolder):
+            folders = {Path(file).relative_to(reader.root).parts[0] for file, _ in reader.samples}
+            # timm takes all images below data_dir if it finds no folder of the split.
+            if not folders <= set(reader.class_to_idx):
+                raise FileNotFoundError(
+                    f'data_dir {root!r} has no folder of the split {split!r}, only {", ".join(sorted(folders)[:10])}.')
+    # torchvision's data sets know their classes themselves, timm's have a reader that does; streams do not.
+    classes = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    if classes and len(classes) != num_classes:
+        raise ValueError(
+            f'the model has {num_classes} classes, the split {split!r} of {name or root} has {len(classes)}: '
+            f'{", ".join(list(classes)[:10])}.')
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    return ImageSubset(dataset, None, 'error', training=False)
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Render an evaluation as a Markdown table, one row per number of members."""
+    facts = [f'{key.replace("_", " ")}: {value}' for key, value in result.items() if not isinstance(value, list)]
+    facts.insert(1, f'nodes: {tuple(result["nodes"])}')
+    heads = [head for head, _ in _COLUMNS.values()] + ['Top-1 of member n alone (%)']
+    lines = [', '.join(facts), '', f'| {" | ".join(heads)} |', f'|{" ---: |" * len(heads)}']
+    for row, own in zip(result['members'], result['member_top1']):
+        values = [form.format(row[key]) for key, (_, form) in _COLUMNS.items()]
+        lines.append(f'| {" | ".join([*values, f"{own:.2f}"])} |')
+    return '\n'.join(lines) + '\n'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `timm-hne eval`."""
+    parser.add_argument(
+        'model', nargs='?',
+        help='a registered model (its pretrained weights are used unless there is a checkpoint) or a Hub model '
+             '(hf-hub:user/name); the one in the checkpoint if left out')
+    parser.add_argument('--checkpoint', metavar='PATH', help="a checkpoint of this package's or timm's training")
+    parser.add_argument('--data-dir', metavar='DIR', help='folder of the data')
+    parser.add_argument(
+        '--dataset', default='', metavar='NAME',
+        help="timm's name of a data set, e.g. torch/cifar10, or digits (default: an image folder)")
+    parser.add_argument('--split', default='validation', help='split of the data set (default: %(default)s)')
+    parser.add_argument('--img-size', type=int, metavar='PIXELS', help='image size (default: as trained)')
+    parser.add_argument('--batch-size', type=int, default=256)
+    parser.add_argument('--workers', type=int, default=2, help='processes that load images')
+    parser.add_argument('--amp', action='store_true', help='mixed precision with bfloat16')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument(
+        '--output', metavar='PATH.json', type=Path,
+        help='write the results there, and as Markdown to PATH.md beside it')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate a model as the command line says.
+
+    Raises:
+        OSError: The data or the checkpoint is missing or unreadable.
+        ValueError: An argument is wrong, or model, checkpoint and data do not fit each other.
+    """
+    if args.model is None and args.checkpoint is None:
+        raise ValueError('model or --checkpoint must be given.')
+    if args.batch_size < 1:
+        raise ValueError(f'batch_size must be positive, got {args.batch_size}.')
+    if args.output and args.output.suffix != '.json':
+        raise ValueError(f'output must end in .json, got {str(args.output)!r}.')
+    if args.checkpoint:
+        model, config = load_checkpoint(args.checkpoint, args.model)
+    else:
+        model, config = _create(args.model, pretrained=True), {}
+    device = torch.device(args.device)
+
+    # What the training was told about its images holds here too.
+    keys = ('img_size', 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
+    data_args = {key: config[key] for key in keys if config.get(key) is not None}
+    if args.img_size is not None:
+        data_args.pop('input_size', None)
+        data_args['img_size'] = args.img_size
+    data_config = resolve_data_config({**data_args, 'in_chans': model.in_chans}, model=model)
+    if len(data_config['mean']) != model.in_chans:
+        raise ValueError(
+            f'the model takes images of {model.in_chans} channels, but their mean and standard deviation are known '
+            f'for {len(data_config["mean"])} only; its checkpoint does not hold them.')
+    dataset = open_dataset(args.dataset, args.data_dir, args.split, model.in_chans, model.num_classes)
+    loader = create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=args.batch_size,
+        use_prefetcher=False,
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        pin_memory=device.type == 'cuda',
+        persistent_workers=False,
+        device=device,
+    )
+    measured = evaluate(model.to(device), loader, torch.bfloat16 if args.amp else None, progress=True)
+
+    objective = config.get('objective') or config.get('hne_objective')
+    distilled = objective is not None and 'codistillation' in objective
+    result = {
+        'model': measured['model'],
+        'nodes': measured['nodes'],
+        'data': (args.dataset.rpartition('/')[2] or Path(args.data_dir).resolve().name).lower(),
+        'split': args.split,
+        'num_images': measured['num_images'],
+        'objective': objective,
+        'alpha': config.get('alpha', config.get('hne_alpha')) if distilled else None,
+        'epochs': config.get('epochs'),
+        'seed': config.get('seed'),
+        'members': measured['members'],
+        'member_top1': measured['member_top1'],
+    }
+    if args.output:
+        _write(args.output, json.dumps(result, indent=1) + '\n')
+        _write(args.output.with_suffix('.md'), to_markdown(result))
+    print(to_markdown(result), end='')
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    temporary.write_text(text, encoding='utf-8')
+    temporary.replace(path)
