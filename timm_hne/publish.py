@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg, clean_state_dict, save_for_hf
@@ -79,10 +80,11 @@ def publish(
         return str(folder)
     try:
         return _upload(folder, files, repo_id, private, revision, token)
-    except (OSError, ValueError, RuntimeError):
-        raise  # the client's own errors say what is wrong
+    except (HfHubHTTPError, ValueError):
+        raise
     except Exception as error:
-        raise ConnectionError(f'Publishing to {repo_id} was interrupted, try again: {error!r}.') from error
+        reason = '; '.join(str(reason) for reason in (error, error.__cause__) if reason)
+        raise OSError(f'Publishing to {repo_id} failed, it can be tried again: {reason}') from error
 
 
 def _upload(folder: Path, files: list[str], repo_id: str, private: bool, revision: str, token: str | None) -> str:
@@ -164,6 +166,7 @@ def write_folder(
             model, new, model_config, model_args=dict(nodes=list(model.nodes)), safe_serialization=True)
         config = json.loads((new / CONFIG_NAME).read_text())
         config['model_args'].pop('num_members', None)  # chosen by who loads, and out of range for a prefix
+        config['model_args'] = dict(sorted(config['model_args'].items()))
         _write_json(new / CONFIG_NAME, config)
         _write_json(new / RESULTS_NAME, results)
         (new / RECIPE_NAME).write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
