@@ -1,17 +1,28 @@
 """Image data sets for training: timm's by their names, and scikit-learn's digits; small images kept in memory."""
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset, create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-__all__ = ['DIGITS', 'ImageSubset', 'MemoryLoader', 'create_datasets', 'load_into_memory', 'seed_epoch']
+from .recipe import TrainConfig
+
+__all__ = [
+    'DIGITS',
+    'ImageSubset',
+    'MemoryLoader',
+    'UnreadableImageError',
+    'create_datasets',
+    'create_image_loader',
+    'load_into_memory',
+    'seed_epoch',
+]
 
 DIGITS = 'digits'
 
@@ -218,16 +229,25 @@ def _num_classes(dataset: Dataset) -> int | None:
     return None
 
 
-def load_into_memory(dataset: ImageSubset, img_size: int, num_workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def load_into_memory(
+        dataset: ImageSubset,
+        img_size: int,
+        resize: bool = False,
+        num_workers: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode all images once.
 
-    Images of another size are resized (bilinear); all must have one size. Unreadable ones are left out.
+    Args:
+        dataset: Images of one size. Unreadable ones are left out.
+        img_size: Height and width to have.
+        resize: Resize images of another size (bilinear).
+        num_workers: Processes that decode.
 
     Returns:
         Images (n, C, img_size, img_size) as uint8, and their labels (n,).
 
     Raises:
-        ValueError: The images differ in size.
+        ValueError: The images differ in size, or have another size and are not to be resized.
     """
     batches = []
     loader = DataLoader(dataset, batch_size=512, num_workers=num_workers, collate_fn=_collate_arrays)
@@ -240,7 +260,12 @@ def load_into_memory(dataset: ImageSubset, img_size: int, num_workers: int = 0) 
     labels = torch.tensor([label for _, labels in batches for label in labels])
     keep = ~dataset.bad
     images, labels = images[keep], labels[keep]
-    if images.shape[-2:] != (img_size, img_size):
+    height, width = images.shape[-2:]
+    if (height, width) != (img_size, img_size):
+        if not resize:
+            raise ValueError(
+                f'the images are {height}x{width}, the model takes {img_size}x{img_size}: is this the data set of the '
+                'recipe? Give img_size to resize them.')
         parts = [
             F.interpolate(part.float(), size=(img_size, img_size), mode='bilinear', antialias=True)
             for part in images.split(4096)
@@ -353,3 +378,60 @@ class MemoryLoader:
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Take images (B, H, W, C), uint8, return (B, C, H, W), which is channels_last."""
         return torch.addcmul(self.shift, images.float(), self.scale).permute(0, 3, 1, 2)
+
+
+def create_image_loader(
+        dataset: Dataset,
+        config: TrainConfig,
+        training: bool,
+        resize: bool,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Create what yields batches of normalised images on a device: a `MemoryLoader`, or timm's loader.
+
+    Args:
+        dataset: Images from `create_datasets`.
+        config: A configuration with `img_size`, `mean` and `std`.
+        training: Shuffle, augment, and leave out an incomplete last batch.
+        resize: In memory, resize images of another size than `img_size`.
+        device: Device of the batches.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+    if config.in_memory:
+        images, labels = load_into_memory(dataset, config.img_size, resize, config.num_workers)
+        return MemoryLoader(
+            images,
+            labels,
+            config.batch_size,
+            config.mean,
+            config.std,
+            training=training,
+            crop_padding=config.crop_padding,
+            hflip=config.hflip,
+            seed=config.seed,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+        )
+    return create_loader(
+        dataset,
+        input_size=(config.in_chans, config.img_size, config.img_size),
+        batch_size=config.batch_size,
+        is_training=training,
+        scale=config.scale,
+        hflip=config.hflip,
+        color_jitter=config.color_jitter or None,
+        interpolation='random' if training else 'bilinear',
+        crop_pct=config.crop_pct,
+        mean=config.mean,
+        std=config.std,
+        num_workers=config.num_workers,
+        distributed=world_size > 1,
+        pin_memory=device.type == 'cuda',
+        device=device,
+        # Workers that live longer than an epoch carry random states that no checkpoint has.
+        persistent_workers=False,
+    )

@@ -33,6 +33,7 @@ class TrainConfig:
     num_workers: int = 2  # processes that decode images
     img_size: int | None = None  # pixels; the model's own if None
     in_chans: int = 3  # 1 for grey images
+    crop_pct: float | None = None  # not in memory: part of the resized image that is evaluated; the model's own if None
     mean: tuple[float, ...] | None = None  # normalisation; the model's own if None
     std: tuple[float, ...] | None = None
 
@@ -64,7 +65,7 @@ class TrainConfig:
     filter_bias_and_bn: bool = True  # keep weight decay off biases and normalisation
     opt_kwargs: dict = field(default_factory=dict)  # further arguments of the optimizer
     clip_grad: float | None = None  # greatest norm of the gradient
-    sched: str = 'cosine'  # timm's name, or 'cyclic' (Mehta et al., 2019)
+    sched: str = 'cosine'  # 'cosine', 'multistep', 'constant', or 'cyclic' (Mehta et al., 2019)
     warmup_epochs: float = 0.
     warmup_lr: float = 1e-5
     min_lr: float = 0.
@@ -89,9 +90,13 @@ class TrainConfig:
     def __post_init__(self):
         for key in fields(self):
             setattr(self, key.name, _coerce(key.name, key.type, getattr(self, key.name)))
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f'objective must be one of {", ".join(OBJECTIVES)}, got {self.objective!r}.')
-        for name, allowed in (('unreadable', ('error', 'skip')), ('amp_dtype', ('bfloat16', 'float16'))):
+        choices = {
+            'objective': OBJECTIVES,
+            'sched': ('cosine', 'multistep', 'constant', 'cyclic'),
+            'unreadable': ('error', 'skip'),
+            'amp_dtype': ('bfloat16', 'float16'),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {getattr(self, name)!r}.')
         for name in ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval'):

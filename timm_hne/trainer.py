@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.data import Mixup, create_loader, resolve_data_config
+from timm.data import Mixup, resolve_data_config
 from timm.layers import convert_sync_batchnorm
-from timm.models import create_model, load_state_dict
+from timm.models import create_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
@@ -24,7 +24,6 @@ from timm.utils import (
     NativeScaler,
     distribute_bn,
     init_distributed_device,
-    load_checkpoint_metadata,
     random_seed,
     trim_summary,
     update_summary,
@@ -32,7 +31,8 @@ from timm.utils import (
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from .data import MemoryLoader, create_datasets, load_into_memory, seed_epoch
+from .checkpoints import check_same_run, find_checkpoint, load_weights
+from .data import create_datasets, create_image_loader, seed_epoch
 from .ensemble import HierarchicalEnsemble
 from .losses import prefix_logits
 from .recipe import TrainConfig
@@ -45,9 +45,6 @@ __all__ = ['NonFiniteLossError', 'TrainConfig', 'TrainResult', 'train']
 _logger = logging.getLogger(__name__)
 
 SUMMARY = 'summary.csv'
-
-# Keys that may change when a run is continued: they say where and how it runs, not what it computes.
-_FREE_KEYS = ('data_dir', 'output_dir', 'resume', 'download', 'num_workers', 'device', 'log_interval', 'progress')
 
 
 @dataclass
@@ -104,7 +101,7 @@ class _Run:
     def __init__(self, config: TrainConfig, device: torch.device, rank: int, world_size: int):
         self.device, self.rank, self.world_size = device, rank, world_size
         self.output_dir = Path(config.output_dir)
-        checkpoint = _find_checkpoint(self.output_dir, config.resume)
+        checkpoint = find_checkpoint(self.output_dir, config.resume)
         random_seed(config.seed)
         train_set, val_set, num_classes = create_datasets(
             config.dataset,
@@ -125,10 +122,11 @@ class _Run:
             raise ValueError(
                 f'the recipe is for {config.num_classes} classes (num_classes), the data have {num_classes}: '
                 f'dataset {config.dataset!r} in {config.data_dir}.')
-        model, self.config = _create_model(config, num_classes or config.num_classes)
-        config = self.config
+        resize = config.img_size is not None
+        model, config = _create_model(config, num_classes or config.num_classes)
+        self.config = config
         if checkpoint is not None:
-            _check_same_run(checkpoint, config)
+            check_same_run(checkpoint, asdict(config))
         if config.sync_bn:
             model = convert_sync_batchnorm(model)
         self.model = model.to(device, memory_format=torch.channels_last if config.channels_last else None)
@@ -173,8 +171,9 @@ class _Run:
             self.task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
 
         self.train_set, self.val_set = train_set, val_set
-        self.train_loader = self._create_loader(train_set, training=True)
-        self.val_loader = self._create_loader(val_set, training=False)
+        self.train_loader, self.val_loader = (
+            create_image_loader(dataset, config, training, resize, device, rank, world_size)
+            for dataset, training in ((train_set, True), (val_set, False)))
         self.updates_per_epoch = len(self.train_loader) // config.grad_accum_steps
         if not self.updates_per_epoch:
             raise ValueError(
@@ -203,45 +202,6 @@ class _Run:
                 self.tensorboard = SummaryWriter(str(self.output_dir), purge_step=self.start_epoch)
             except ImportError:
                 pass
-
-    def _create_loader(self, dataset, training: bool):
-        config = self.config
-        if config.in_memory:
-            images, labels = load_into_memory(dataset, config.img_size, config.num_workers)
-            return MemoryLoader(
-                images,
-                labels,
-                config.batch_size,
-                config.mean,
-                config.std,
-                training=training,
-                crop_padding=config.crop_padding,
-                hflip=config.hflip,
-                seed=config.seed,
-                device=self.device,
-                rank=self.rank,
-                world_size=self.world_size,
-            )
-        data_config = resolve_data_config(model=self.model)
-        return create_loader(
-            dataset,
-            input_size=(config.in_chans, config.img_size, config.img_size),
-            batch_size=config.batch_size,
-            is_training=training,
-            scale=config.scale,
-            hflip=config.hflip,
-            color_jitter=config.color_jitter or None,
-            interpolation='random' if training else data_config['interpolation'],
-            crop_pct=data_config['crop_pct'],
-            mean=config.mean,
-            std=config.std,
-            num_workers=config.num_workers,
-            distributed=self.world_size > 1,
-            pin_memory=self.device.type == 'cuda',
-            device=self.device,
-            # Workers that live longer than an epoch carry random states that a checkpoint does not have.
-            persistent_workers=False,
-        )
 
     def run(self) -> TrainResult:
         history = []
@@ -417,7 +377,7 @@ def _create_model(config: TrainConfig, num_classes: int) -> tuple[HierarchicalEn
             f'objective {config.objective!r} needs a hierarchical ensemble as its model, {config.model!r} is a '
             f'{type(model).__name__}. Other models are trained by timm\'s own train.py.')
     if config.initial_checkpoint:
-        _load_weights(model, config.initial_checkpoint)
+        load_weights(model, config.initial_checkpoint)
     data_config = resolve_data_config({'in_chans': config.in_chans}, model=model)
     for name in ('mean', 'std'):
         if len(data_config[name]) != config.in_chans:
@@ -426,26 +386,10 @@ def _create_model(config: TrainConfig, num_classes: int) -> tuple[HierarchicalEn
         config,
         num_classes=num_classes,
         img_size=data_config['input_size'][-1],
+        crop_pct=data_config['crop_pct'],
         mean=data_config['mean'],
         std=data_config['std'],
     )
-
-
-def _load_weights(model: nn.Module, path: str) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'initial_checkpoint does not exist: {path}')
-    weights, expected = load_state_dict(path), model.state_dict()
-    wrong = [
-        f'{name} {tuple(weights[name].shape) if name in weights else "missing"}, '
-        f'not {tuple(expected[name].shape) if name in expected else "there"}'
-        for name in sorted({*weights, *expected})
-        if name not in weights or name not in expected or weights[name].shape != expected[name].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f'initial_checkpoint {path} is of another architecture, other nodes or classes: {len(wrong)} tensors '
-            f'differ, such as {"; ".join(wrong[:3])}.')
-    model.load_state_dict(weights)
 
 
 def _create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int):
@@ -469,29 +413,3 @@ def _create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, upd
         updates_per_epoch=updates_per_epoch,
     )
     return scheduler
-
-
-def _find_checkpoint(folder: Path, resume: bool) -> Path | None:
-    """Return the newest checkpoint that is whole, if there is one."""
-    files = sorted(folder.glob('*.pth.tar'))
-    if files and not resume:
-        raise FileExistsError(f'output_dir {folder} holds a run already; continue it with resume, or choose another.')
-    readable = []
-    for path in files:
-        try:
-            readable.append((load_checkpoint_metadata(str(path))['epoch'], path))
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            _logger.warning(f'checkpoint {path} cannot be read and is passed over: {error}')
-    if files and not readable:
-        raise RuntimeError(f'none of the {len(files)} checkpoints in output_dir {folder} can be read.')
-    return max(readable)[1] if readable else None
-
-
-def _check_same_run(checkpoint: Path, config: TrainConfig) -> None:
-    before = vars(load_checkpoint_metadata(str(checkpoint))['args'])
-    changed = [
-        f'{name} was {before.get(name)!r} and is {value!r}'
-        for name, value in asdict(config).items() if name not in _FREE_KEYS and before.get(name) != value
-    ]
-    if changed:
-        raise ValueError(f'the run in {checkpoint.parent} cannot be continued, it differs: {"; ".join(changed)}.')

@@ -1,0 +1,361 @@
+"""The trainer: exact resumption, distributed training, and errors before any epoch."""
+import csv
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from timm.models import load_state_dict
+from timm.utils import load_checkpoint_metadata
+
+from timm_hne import trainer
+from timm_hne.ensemble import HierarchicalEnsemble
+from timm_hne.recipe import TrainConfig
+from timm_hne.trainer import NonFiniteLossError, train
+
+SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'train.py'
+
+
+def make_images(root: Path, classes=3, train_images=8, test_images=4, size=8) -> Path:
+    """Write an image folder whose classes differ in brightness."""
+    rng = np.random.default_rng(0)
+    for split, count in (('train', train_images), ('test', test_images)):
+        for label in range(classes):
+            folder = root / split / f'class{label}'
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 80, (size, size, 3)) + 80 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{index}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture
+def options(data_dir, tmp_path):
+    """Keys of a run of seconds: a tiny ensemble on tiny images."""
+    return dict(
+        data_dir=str(data_dir),
+        val_split='test',
+        in_memory=True,
+        img_size=8,
+        num_workers=0,
+        model='hne_resnet50_c8',
+        model_kwargs={'width': 1, 'nodes': [1, 1, 1, 2, 4]},
+        epochs=4,
+        batch_size=4,
+        lr=0.01,
+        device='cpu',
+        progress=False,
+        output_dir=str(tmp_path / 'run'),
+    )
+
+
+def rows(output_dir) -> list[dict[str, str]]:
+    """The log of a run, without its speed."""
+    with open(Path(output_dir) / 'summary.csv', newline='') as file:
+        return [{k: v for k, v in row.items() if 'images_per_second' not in k} for row in csv.DictReader(file)]
+
+
+def test_result_log_and_checkpoint(options):
+    result = train(TrainConfig(**options))
+    assert list(result.top1) == [1, 2, 4]
+    assert all(0 <= value <= 100 for value in result.top1.values())
+    log = rows(options['output_dir'])
+    assert [row['epoch'] for row in log] == ['0', '1', '2', '3']
+    assert {'train_loss', 'train_independent', 'train_hierarchical_codistillation', 'eval_top1_1', 'eval_top1_4',
+            'eval_loss', 'lr'} <= set(log[0])
+    assert float(log[-1]['eval_top1_4']) == result.top1[4]
+    assert float(log[0]['train_loss']) == pytest.approx(
+        0.5 * float(log[0]['train_independent']) + 0.5 * float(log[0]['train_hierarchical_codistillation']))
+    assert result.images_per_second > 0
+
+    # What is evaluated is what is saved, and timm reads it.
+    model = timm.create_model(
+        options['model'], num_classes=3, checkpoint_path=str(result.checkpoint), **options['model_kwargs']).eval()
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model(images), result.model(images))
+
+
+def test_it_learns(options):
+    result = train(TrainConfig(**{**options, 'epochs': 12, 'lr': 0.05, 'hflip': 0., 'crop_padding': 1}))
+    assert result.history[-1]['loss'] < result.history[0]['loss']
+    assert result.top1[4] > 60  # chance is 33
+
+
+VARIANTS = {
+    'plain': {},
+    'files': {'in_memory': False, 'num_workers': 1, 'scale': (0.5, 1.)},
+    'everything': {
+        'ema_decay': 0.9, 'mixup': 0.2, 'cutmix': 1., 'smoothing': 0.1, 'grad_accum_steps': 2, 'clip_grad': 1.,
+        'amp': True, 'opt': 'adamw', 'warmup_epochs': 1., 'model_kwargs': {'width': 1, 'nodes': [1, 1, 1, 2, 4],
+                                                                           'drop_rate': 0.1},
+    },
+    'cyclic': {'sched': 'cyclic', 'warmup_epochs': 1, 'decay_milestones': (2,)},
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_stopped_run_continues_to_the_same_losses(options, tmp_path, monkeypatch, variant):
+    options.update(VARIANTS[variant])
+    train(TrainConfig(**options))
+    expected = rows(options['output_dir'])
+
+    options['output_dir'] = str(tmp_path / 'stopped')
+    train_epoch = trainer._Run._train_epoch
+
+    def stop_in_the_last_epoch(run, epoch):
+        row = train_epoch(run, epoch)
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Run, '_train_epoch', stop_in_the_last_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(**options))
+    torch.rand(17)  # resumption must not depend on the state of the process
+    np.random.rand(3)
+    result = train(TrainConfig(**options, resume=True))
+    assert [row['epoch'] for row in result.history] == [3]
+    assert rows(options['output_dir']) == expected
+
+
+def test_killed_at_any_moment(options, tmp_path):
+    options['epochs'] = 8
+    train(TrainConfig(**options))
+    expected = rows(options['output_dir'])
+
+    options['output_dir'] = str(tmp_path / 'killed')
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(yaml.safe_dump(options))
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), '--recipe', str(recipe), '--no-progress'],
+        env={**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list((tmp_path / 'killed').glob('checkpoint-*'))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = train(TrainConfig(**options, resume=True))
+    assert 0 < len(result.history) < 8
+    assert rows(options['output_dir']) == expected
+
+
+@pytest.mark.parametrize('damage', ['cut', 'empty', 'middle'])
+def test_a_checkpoint_cut_short_is_passed_over(options, caplog, damage):
+    options['epochs'] = 3
+    train(TrainConfig(**options))
+    expected = rows(options['output_dir'])
+    last = Path(options['output_dir'], 'last.pth.tar')
+    content = bytearray(last.read_bytes())
+    if damage == 'middle':
+        content[len(content) // 2:] = bytes(len(content) - len(content) // 2)
+    last.write_bytes(content[:{'cut': len(content) - 100, 'empty': 0}.get(damage)])  # checkpoint-2 is the same file
+    result = train(TrainConfig(**options, resume=True))
+    assert 'cannot be read' in caplog.text
+    assert [row['epoch'] for row in result.history] == [2]
+    assert rows(options['output_dir']) == expected
+
+
+def test_a_finished_run_can_be_continued(options):
+    options['epochs'] = 1
+    first = train(TrainConfig(**options))
+    again = train(TrainConfig(**options, resume=True))
+    assert again.top1 == first.top1 and not again.history
+
+
+def test_a_folder_with_a_run_is_not_overwritten(options):
+    options['epochs'] = 1
+    train(TrainConfig(**options))
+    with pytest.raises(FileExistsError, match='resume'):
+        train(TrainConfig(**options))
+
+
+def test_non_finite_loss_stops_with_its_circumstances(options):
+    options.update(epochs=2, batch_size=8, objective='independent+hierarchical', log_interval=1)
+    real = trainer.HNETask.forward
+    calls = []
+
+    def forward(task, images, target):
+        output = real(task, images, target)
+        calls.append(1)
+        if len(calls) == 5:
+            output['hierarchical'] = output['hierarchical'] * math.nan
+            output['loss'] = output['loss'] * math.nan
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.HNETask, 'forward', forward)
+        with pytest.raises(NonFiniteLossError, match=r'step 4 .*learning rate 0\.00.*: loss = nan, hierarchical = nan'):
+            train(TrainConfig(**options))
+    kept = load_checkpoint_metadata(str(Path(options['output_dir'], 'last.pth.tar')))
+    assert kept['epoch'] == 0
+    assert all(value.isfinite().all() for value in kept['state_dict'].values())
+
+
+class TestErrorsBeforeAnyEpoch:
+    @pytest.fixture(autouse=True)
+    def no_epoch(self, monkeypatch):
+        def fail(run, epoch):
+            pytest.fail('an epoch has started')
+
+        monkeypatch.setattr(trainer._Run, '_train_epoch', fail)
+
+    def test_missing_data(self, options, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r'data_dir does not exist: .*nowhere'):
+            train(TrainConfig(**{**options, 'data_dir': str(tmp_path / 'nowhere')}))
+        with pytest.raises(ValueError, match='data_dir must name the folder'):
+            train(TrainConfig(**{**options, 'data_dir': None}))
+
+    def test_missing_split(self, options):
+        with pytest.raises(FileNotFoundError, match=r"no folder for the split 'validation', only .*'test', 'train'"):
+            train(TrainConfig(**{**options, 'val_split': 'validation'}))
+
+    def test_wrong_class_count(self, options):
+        with pytest.raises(ValueError, match=r'recipe is for 10 classes \(num_classes\), the data have 3'):
+            train(TrainConfig(**options, num_classes=10))
+
+    @pytest.mark.parametrize('split', ['train', 'test'])
+    def test_empty_class_folder(self, options, tmp_path, split):
+        root = make_images(tmp_path / 'images', train_images=1, test_images=1)
+        (root / split / 'class7').mkdir()
+        with pytest.raises(ValueError, match=f'class folders of .*{split} hold no images.*class7'):
+            train(TrainConfig(**{**options, 'data_dir': str(root)}))
+
+    def test_images_of_another_data_set(self, options):
+        del options['img_size']
+        with pytest.raises(ValueError, match='images are 8x8, the model takes 32x32'):
+            train(TrainConfig(**options))
+
+    def test_another_model_than_the_checkpoint(self, options, tmp_path, monkeypatch):
+        monkeypatch.undo()
+        options['epochs'] = 1
+        checkpoint = train(TrainConfig(**options)).checkpoint
+        for kwargs in ({'width': 2, 'nodes': [1, 1, 1, 2, 4]}, {'width': 1, 'nodes': [1, 2, 2, 2, 4]}):
+            with pytest.raises(ValueError, match=r'cannot be continued, it differs: model_kwargs was .*'):
+                train(TrainConfig(**{**options, 'resume': True, 'model_kwargs': kwargs}))
+            with pytest.raises(ValueError, match=r'initial_checkpoint .* is of another architecture, other nodes'):
+                train(TrainConfig(**{
+                    **options, 'output_dir': str(tmp_path / 'other'), 'initial_checkpoint': str(checkpoint),
+                    'model_kwargs': kwargs}))
+        with pytest.raises(FileNotFoundError, match='initial_checkpoint does not exist'):
+            train(TrainConfig(**{**options, 'output_dir': str(tmp_path / 'other'), 'initial_checkpoint': 'nothing'}))
+
+    def test_non_hne_model(self, options):
+        options.update(model='resnet18', model_kwargs={})
+        with pytest.raises(TypeError, match=r"'hierarchical_codistillation' needs a hierarchical .*'resnet18'"):
+            train(TrainConfig(**options))
+
+    def test_batch_larger_than_the_data(self, options):
+        with pytest.raises(ValueError, match=r'batch_size 64 .*24 training images'):
+            train(TrainConfig(**{**options, 'batch_size': 64}))
+
+    def test_unreadable_image(self, options, tmp_path):
+        root = make_images(tmp_path / 'images', train_images=2, test_images=2)
+        (root / 'train' / 'class1' / '0.png').write_bytes(b'no image')
+        with pytest.raises(OSError, match=r'cannot read image .*class1/0\.png'):
+            train(TrainConfig(**{**options, 'data_dir': str(root)}))
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_unreadable_images_are_skipped_by_choice(options, tmp_path, caplog, in_memory):
+    root = make_images(tmp_path / 'images')
+    for name in ('train/class1/0.png', 'test/class0/1.png', 'test/class2/0.png'):
+        content = (root / name).read_bytes()
+        (root / name).write_bytes(content[:len(content) // 2])
+    options.update(data_dir=str(root), unreadable='skip', epochs=1, in_memory=in_memory, num_workers=1)
+    result = train(TrainConfig(**options))
+    assert '1 unreadable training images skipped so far: ' in caplog.text and 'class1/0.png' in caplog.text
+    assert '2 unreadable validation images skipped so far: ' in caplog.text and 'class2/0.png' in caplog.text
+    # Accuracy is over the ten images that can be read.
+    assert result.top1[4] == pytest.approx(round(result.top1[4] / 10) * 10)
+
+
+def test_unknown_key_names_the_nearest(options):
+    with pytest.raises(ValueError, match="unknown key 'epoch' in the recipe, did you mean 'epochs'"):
+        TrainConfig.from_dict({'epoch': 3})
+    with pytest.raises(ValueError, match="did you mean 'weight_decay'"):
+        TrainConfig.from_dict({'weight-decay': 3})
+
+
+@pytest.mark.parametrize(('values', 'error', 'message'), [
+    ({'epochs': 0}, ValueError, 'epochs must be at least 1'),
+    ({'epochs': '3'}, TypeError, 'epochs must be of type int'),
+    ({'epochs': True}, TypeError, 'epochs must be of type int'),
+    ({'lr': 'fast'}, TypeError, 'lr must be of type float'),
+    ({'mean': 0.5}, TypeError, 'mean must be of type tuple'),
+    ({'amp': 1}, TypeError, 'amp must be of type bool'),
+    ({'objective': 'best'}, ValueError, 'objective must be one of independent'),
+    ({'sched': 'plateau'}, ValueError, 'sched must be one of cosine, multistep, constant, cyclic'),
+    ({'unreadable': 'ignore'}, ValueError, 'unreadable must be one of error, skip'),
+    ({'val_fraction': 1.}, ValueError, 'val_fraction must be at least 0 and below 1'),
+    ({'mixup': 0.2, 'batch_size': 3}, ValueError, 'batch_size must be even'),
+])
+def test_bad_values_are_named(values, error, message):
+    with pytest.raises(error, match=message):
+        TrainConfig(**values)
+
+
+def test_values_as_yaml_reads_them():
+    config = TrainConfig(**yaml.safe_load('{weight_decay: 1e-5, lr: 1, mean: [0.5, 1, 0], max_train_images: null}'))
+    assert (config.weight_decay, config.lr, config.mean) == (1e-5, 1., (0.5, 1., 0.))
+    assert isinstance(config.lr, float) and config.max_train_images is None
+
+
+WORKER = '''
+import sys, torch, yaml
+from timm_hne.ensemble import HierarchicalEnsemble
+from timm_hne.trainer import TrainConfig, train
+HierarchicalEnsemble.train = lambda model, mode=True: torch.nn.Module.train(model, False)
+train(TrainConfig(**yaml.safe_load(sys.argv[1])))
+'''
+
+
+def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(options, tmp_path, monkeypatch):
+    """Two updates of plain SGD, whose weights are gradients. BatchNorm is in evaluation mode."""
+    options.update(epochs=1, max_train_images=16, opt='momentum', momentum=0., weight_decay=0., sched='constant')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    joint = {**options, 'batch_size': 4, 'output_dir': str(tmp_path / 'joint')}
+    environment = {
+        **os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'OMP_NUM_THREADS': '1'}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', WORKER, yaml.safe_dump(joint)],
+            env={**environment, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=150) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+
+    monkeypatch.setattr(HierarchicalEnsemble, 'train', lambda model, mode=True: torch.nn.Module.train(model, False))
+    result = train(TrainConfig(**{**options, 'batch_size': 8}))
+    weights = load_state_dict(str(tmp_path / 'joint' / 'last.pth.tar'))
+    for name, value in result.model.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+    log, joint_log = rows(options['output_dir'])[0], rows(tmp_path / 'joint')[0]
+    assert [float(joint_log[f'eval_top1_{n}']) for n in (1, 2, 4)] == [
+        float(log[f'eval_top1_{n}']) for n in (1, 2, 4)]
