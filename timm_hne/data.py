@@ -200,13 +200,13 @@ def create_datasets(
     else:
         val = open_split(val_split, **({'class_map': source.reader.class_to_idx} if is_folder else {}))
         if is_folder:
-            _check_folder(val, root, val_split)
+            _check_folder(val, root, val_split, source.reader.class_to_idx)
         val = val if streamed else ImageSubset(val, None, unreadable, training=False)
     train = source if streamed else ImageSubset(source, indices, unreadable, training=True)
     return train, val, _num_classes(source)
 
 
-def _check_folder(dataset: ImageDataset, root: str, split: str) -> None:
+def _check_folder(dataset: ImageDataset, root: str, split: str, classes: Iterable[str] | None = None) -> None:
     folder = Path(dataset.reader.root)
     if folder.is_file():  # a tar archive
         return
@@ -214,12 +214,12 @@ def _check_folder(dataset: ImageDataset, root: str, split: str) -> None:
         found = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise FileNotFoundError(f'data_dir {root} has no folder for the split {split!r}, only {found[:10]}.')
     filled = {Path(path).relative_to(folder).parts[0] for path, _ in dataset.reader.samples}
-    folders = {path.name for path in folder.iterdir() if path.is_dir()}
-    unknown = folders - set(dataset.reader.class_to_idx) - filled
-    if folders - filled:
-        names = ', '.join(sorted(folders - filled)[:10])
-        known = '' if not unknown else ' or are no classes of the training split'
-        raise ValueError(f'class folders of {folder} hold no images{known}: {names}.')
+    empty = {path.name for path in folder.iterdir() if path.is_dir()} - filled
+    unknown = sorted(empty - set(classes)) if classes is not None else []
+    if unknown:
+        raise ValueError(f'folders of {folder} are no classes of the training split: {", ".join(unknown[:10])}.')
+    if empty:
+        raise ValueError(f'class folders of {folder} hold no images: {", ".join(sorted(empty)[:10])}.')
 
 
 def _num_classes(dataset: Dataset) -> int | None:
@@ -323,7 +323,8 @@ class MemoryLoader:
         if training and len(labels) < batch_size * world_size:
             raise ValueError(
                 f'batch_size {batch_size} (times {world_size} processes) exceeds the {len(labels)} training images.')
-        self.images = images.to(device)
+        # The layout of channels_last, of which a crop copies whole pixels.
+        self.pixels = images.permute(0, 2, 3, 1).contiguous().to(device)
         self.labels = labels.to(device)
         self.batch_size = batch_size
         self.scale = 1 / (255 * torch.tensor(std, device=device))
@@ -354,7 +355,7 @@ class MemoryLoader:
         if not self.training:
             for start in starts:
                 chosen = slice(start, start + self.batch_size)
-                yield self._normalize(self.images[chosen].permute(0, 2, 3, 1)), self.labels[chosen]
+                yield self._normalize(self.pixels[chosen]), self.labels[chosen]
             return
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1).item()
         generator = torch.Generator().manual_seed(state)
@@ -364,20 +365,20 @@ class MemoryLoader:
         for start in starts:
             part = slice(start, start + self.batch_size)
             chosen = order[part]
-            yield self._normalize(self._crop_flip(self.images[chosen], offsets[part], flips[part])), self.labels[chosen]
+            yield self._normalize(self._crop_flip(self.pixels[chosen], offsets[part], flips[part])), self.labels[chosen]
 
-    def _crop_flip(self, images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[-2:]
-        images = F.pad(images, [self.crop_padding] * 4)
+    def _crop_flip(self, pixels: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+        count, height, width, _ = pixels.shape
+        padding = self.crop_padding
+        pixels = F.pad(pixels, [0, 0, padding, padding, padding, padding])
         rows = torch.arange(height, device=self.device) + offsets[:, :1]
-        columns = torch.arange(width, device=self.device).expand(len(images), width)
+        columns = torch.arange(width, device=self.device).expand(count, width)
         columns = torch.where(flips[:, None], width - 1 - columns, columns) + offsets[:, 1:]
-        batch = torch.arange(len(images), device=self.device)[:, None, None]
-        return images[batch, :, rows[:, :, None], columns[:, None, :]]
+        batch = torch.arange(count, device=self.device)[:, None, None]
+        return pixels[batch, rows[:, :, None], columns[:, None, :]]
 
-    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Take images (B, H, W, C), uint8, return (B, C, H, W), which is channels_last."""
-        return torch.addcmul(self.shift, images.float(), self.scale).permute(0, 3, 1, 2)
+    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.shift, pixels.float(), self.scale).permute(0, 3, 1, 2)
 
 
 def create_image_loader(

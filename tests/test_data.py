@@ -1,0 +1,269 @@
+"""Data sets in memory, their augmentation, and the choice of images."""
+import importlib.util
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_loader
+from torch.utils.data import TensorDataset
+
+from timm_hne.data import (
+    DIGITS,
+    ImageSubset,
+    MemoryLoader,
+    UnreadableImageError,
+    create_datasets,
+    load_into_memory,
+    seed_epoch,
+)
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+needs_sklearn = pytest.mark.skipif(not importlib.util.find_spec('sklearn'), reason='scikit-learn is not installed')
+
+
+def make_loader(count=20, batch_size=4, size=6, **kwargs):
+    """Random images whose labels are their numbers."""
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+    loader = MemoryLoader(images, torch.arange(count), batch_size, MEAN, STD, **kwargs)
+    loader.images = images
+    return loader
+
+
+def normalize(images):
+    return (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def test_evaluation_batches_are_the_images_in_order():
+    loader = make_loader(count=10)
+    assert len(loader) == 3
+    batches = list(loader)
+    torch.testing.assert_close(torch.cat([images for images, _ in batches]), normalize(loader.images))
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(10))
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches)
+
+
+def test_training_without_augmentation_shuffles_only():
+    loader = make_loader(count=22, training=True)
+    assert len(loader) == 5
+    seen = []
+    for images, labels in loader:
+        assert images.shape == (4, 3, 6, 6)
+        torch.testing.assert_close(images, normalize(loader.images[labels]))
+        seen += labels.tolist()
+    assert len(set(seen)) == 20 and seen != sorted(seen)
+
+
+def test_every_training_image_is_a_padded_crop_or_its_mirror_image():
+    """Against a loop that crops each image by slicing."""
+    loader = make_loader(count=64, batch_size=16, training=True, crop_padding=2, hflip=0.5)
+    padded = F.pad(loader.images, [2] * 4)
+    found = set()
+    for images, labels in loader:
+        for image, label in zip(images, labels):
+            crops = {
+                (y, x, flip): normalize(padded[label, :, y:y + 6, x:x + 6].flip(-1) if flip else
+                                        padded[label, :, y:y + 6, x:x + 6])
+                for y in range(5) for x in range(5) for flip in (False, True)
+            }
+            matches = [key for key, crop in crops.items() if torch.allclose(image, crop, atol=1e-5)]
+            assert len(matches) == 1
+            found.add(matches[0])
+    assert {y for y, _, _ in found} == {x for _, x, _ in found} == set(range(5))
+    assert {flip for _, _, flip in found} == {False, True}
+
+
+def test_order_and_augmentation_are_a_function_of_seed_and_epoch():
+    def epoch(seed, number):
+        loader.seed = seed
+        loader.set_epoch(number)
+        return [(images.clone(), labels) for images, labels in loader]
+
+    loader = make_loader(training=True, crop_padding=1, hflip=0.5)
+    first = epoch(0, 3)
+    torch.rand(7)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, epoch(0, 3)))
+    for other in (epoch(0, 4), epoch(1, 3)):
+        assert not all(torch.equal(a[1], b[1]) for a, b in zip(first, other))
+
+
+def test_processes_share_the_batches_of_one():
+    torch.manual_seed(0)
+    joint = make_loader(count=33, batch_size=8, training=True, crop_padding=1, hflip=0.5)
+    parts = [
+        MemoryLoader(joint.images, joint.labels, 4, MEAN, STD, training=True, crop_padding=1, hflip=0.5,
+                     rank=rank, world_size=2)
+        for rank in range(2)
+    ]
+    assert [len(part) for part in parts] == [len(joint)] * 2
+    for (images, labels), *shares in zip(joint, *parts):
+        assert torch.equal(torch.cat([share[0] for share in shares]), images)
+        assert torch.equal(torch.cat([share[1] for share in shares]), labels)
+
+
+@pytest.mark.parametrize('count', [1, 7, 8, 9, 16, 21])
+def test_processes_evaluate_every_image_once(count):
+    images, labels = torch.zeros(count, 3, 2, 2, dtype=torch.uint8), torch.arange(count)
+    parts = [MemoryLoader(images, labels, 4, MEAN, STD, rank=rank, world_size=3) for rank in range(3)]
+    batches = [list(part) for part in parts]
+    assert [len(part) for part in parts] == [len(share) for share in batches]
+    assert sorted(label for share in batches for _, chosen in share for label in chosen.tolist()) == list(range(count))
+
+
+def test_seeds_of_an_epoch():
+    def draw(*args):
+        seed_epoch(*args)
+        return np.random.rand(), torch.rand(1).item()
+
+    draws = [draw(0, 0), draw(0, 1), draw(1, 0), draw(0, 0, 1)]
+    assert draw(0, 0) == draws[0]
+    assert len({value for pair in draws for value in pair}) == 8
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, count in (('train', 6), ('val', 2)):
+        for label, name in enumerate('ab'):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = np.full((4, 4, 3), 100 * label + index, dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f'{index}.png')
+    return tmp_path
+
+
+def open_folder(folder, **kwargs):
+    return create_datasets('', str(folder), 'train', 'val', **kwargs)
+
+
+def test_folder_in_memory(folder):
+    train, val, num_classes = open_folder(folder)
+    assert (len(train), len(val), num_classes) == (12, 4, 2)
+    images, labels = load_into_memory(train, 4)
+    assert images.shape == (12, 3, 4, 4) and images.dtype == torch.uint8
+    assert images[:, 0, 0, 0].tolist() == [100 * label + index for label in range(2) for index in range(6)]
+    assert labels.tolist() == [0] * 6 + [1] * 6
+
+
+def test_grey_images(folder):
+    train, _, _ = open_folder(folder, in_chans=1)
+    assert load_into_memory(train, 4)[0].shape == (12, 1, 4, 4)
+
+
+def test_resizing_must_be_asked_for(folder):
+    train, _, _ = open_folder(folder)
+    with pytest.raises(ValueError, match='images are 4x4, the model takes 8x8'):
+        load_into_memory(train, 8)
+    images, _ = load_into_memory(train, 8, resize=True)
+    assert images.shape == (12, 3, 8, 8)
+    assert images[:, 0, 3, 3].tolist() == [100 * label + index for label in range(2) for index in range(6)]
+
+
+def test_images_of_several_sizes(folder):
+    Image.new('RGB', (5, 4)).save(folder / 'train' / 'a' / '3.png')
+    train, _, _ = open_folder(folder)
+    with pytest.raises(ValueError, match='images of one size'):
+        load_into_memory(train, 4)
+
+
+def test_validation_part_of_the_training_split(folder):
+    def split(seed):
+        train, val, _ = open_folder(folder, val_fraction=0.25, seed=seed)
+        assert not val.training
+        return [{subset.filename(i) for i in range(len(subset))} for subset in (train, val)]
+
+    train, val = split(0)
+    assert (len(train), len(val)) == (9, 3) and not train & val
+    assert split(0) == [train, val] and split(1) != [train, val]
+
+
+def test_fewer_training_images(folder):
+    train, val, _ = open_folder(folder, max_train_images=5, val_fraction=0.25)
+    assert (len(train), len(val)) == (5, 3)
+    assert not {train.filename(i) for i in range(5)} & {val.filename(i) for i in range(3)}
+
+
+def test_classes_that_only_validation_has(folder):
+    (folder / 'val' / 'c').mkdir()
+    Image.new('RGB', (4, 4)).save(folder / 'val' / 'c' / '0.png')
+    with pytest.raises(ValueError, match=r'folders of .*val are no classes of the training split: c\.'):
+        open_folder(folder)
+
+
+def test_validation_may_lack_a_class_without_shifting_labels(folder):
+    for path in (folder / 'val' / 'a').iterdir():
+        path.unlink()
+    (folder / 'val' / 'a').rmdir()
+    _, val, _ = open_folder(folder)
+    assert load_into_memory(val, 4)[1].tolist() == [1, 1]
+
+
+def test_unreadable_images(folder):
+    broken = folder / 'train' / 'a' / '2.png'
+    broken.write_bytes(broken.read_bytes()[:40])
+    strict, _, _ = open_folder(folder)
+    with pytest.raises(UnreadableImageError, match=r'cannot read image .*a/2\.png'):
+        strict[2]
+    train, _, _ = open_folder(folder, unreadable='skip')
+    image, label = train[2]
+    assert (np.asarray(image)[0, 0, 0], label) == (3, 0)  # the next one
+    assert train.bad_files() == [str(broken)]
+    assert load_into_memory(train, 4)[0][:, 0, 0, 0].tolist() == [0, 1, 3, 4, 5, 100, 101, 102, 103, 104, 105]
+
+    val = ImageSubset(train.source, None, 'skip', training=False)
+    assert val[2][1] == -1 and val[3][1] == 0
+
+
+def test_unreadable_images_are_known_beyond_worker_processes(folder):
+    broken = folder / 'train' / 'b' / '5.png'
+    broken.write_bytes(b'')
+    train, _, _ = open_folder(folder, unreadable='skip')
+    loader = create_loader(train, (3, 4, 4), 6, num_workers=2, device=torch.device('cpu'), persistent_workers=False)
+    assert sum(len(labels) for _, labels in loader) == 12
+    assert train.bad_files() == [str(broken)]
+
+
+def test_nothing_readable(folder):
+    for path in (folder / 'train').rglob('*.png'):
+        path.write_bytes(b'')
+    train, _, _ = open_folder(folder, unreadable='skip')
+    with pytest.raises(UnreadableImageError, match='cannot read any of the 12 images'):
+        train[0]
+
+
+def test_torchvision_data_set(tmp_path):
+    """CIFAR-10 in torchvision's own format, with the classes' names."""
+    from torchvision.datasets import CIFAR10
+    base = tmp_path / CIFAR10.base_folder
+    base.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
+    for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list]:
+        (base / name).write_bytes(pickle.dumps({'data': pixels, 'labels': [3, 9]}))
+    (base / 'batches.meta').write_bytes(pickle.dumps({'label_names': list('0123456789')}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CIFAR10, '_check_integrity', lambda self: True)
+        patch.setattr('torchvision.datasets.cifar.check_integrity', lambda path, md5: True)
+        train, val, num_classes = create_datasets('torch/cifar10', str(tmp_path), 'train', 'test')
+    assert (len(train), len(val), num_classes) == (10, 2, 10)
+    images, labels = load_into_memory(val, 32)
+    assert torch.equal(images.flatten(1), torch.from_numpy(pixels)) and labels.tolist() == [3, 9]
+
+
+@needs_sklearn
+def test_digits():
+    train, val, num_classes = create_datasets(DIGITS, None, 'train', 'validation', in_chans=1)
+    assert (len(train), len(val), num_classes) == (1437, 360, 10)
+    images, labels = load_into_memory(val, 8)
+    assert images.shape == (360, 1, 8, 8) and images.max() == 255
+    assert labels.bincount().min() >= 34
+    train_images, _ = load_into_memory(train, 8)
+    known = {image.numpy().tobytes() for image in train_images}
+    assert not any(image.numpy().tobytes() in known for image in images)
+
+
+def test_a_data_set_of_tensors_is_none_of_ours():
+    subset = ImageSubset(TensorDataset(torch.zeros(3, 2), torch.arange(3)), torch.tensor([2, 0]), 'error', True)
+    assert [label.item() for _, label in (subset[0], subset[1])] == [2, 0]
+    assert subset.filename(0) == 'number 2'
