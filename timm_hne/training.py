@@ -1,0 +1,185 @@
+"""Trains hierarchical ensembles with timm's own scripts, unmodified.
+
+`timm-hne run PATH/train.py [timm's arguments] [--hne-...]` runs a script as `python PATH/train.py` would, except that
+`timm.task.ClassificationTask` creates an `HNETask` for hierarchical ensembles, and that the script's parser knows the
+HNE options. Other models get timm's own task; scripts that create no task (validate.py, benchmark.py, inference.py,
+onnx_export.py) run as they are.
+
+`python PATH/train.py --device-modules timm_hne.training` does the same from inside the script. The options can then be
+set in the file of `--config` only.
+"""
+import argparse
+import inspect
+import os
+import runpy
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import timm
+import timm.task
+import torch
+import torch.nn as nn
+
+from .ensemble import HierarchicalEnsemble
+from .losses import OBJECTIVES, HNELoss
+from .task import HNETask, StockTaskWarning
+
+_OPTIONS = {name: inspect.signature(HNETask).parameters[name].default for name in ('objective', 'alpha', 'temperature')}
+_WRONG_SCRIPT = (
+    '{} does not train with timm.task.ClassificationTask, which HNETask takes the place of. Use the train.py of timm '
+    f'1.0.23 or later, best that of the installed timm {timm.__version__}: '
+    f'https://github.com/huggingface/pytorch-image-models/blob/v{timm.__version__}/train.py'
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `timm-hne run`."""
+    parser.add_argument('script', type=_script, metavar='SCRIPT', help="path of timm's train.py, validate.py, ...")
+    parser.add_argument('arguments', nargs=argparse.REMAINDER, metavar='...', help='arguments of the script')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run a script of timm, with `HNETask` for hierarchical ensembles.
+
+    Raises:
+        SystemExit: The script exits or fails, it does not fit the installed timm, or the HNE options are wrong, or are
+            given for a model that is no hierarchical ensemble.
+    """
+    sys.argv = [args.script, *args.arguments]
+    with _injected(), warnings.catch_warnings():
+        try:
+            runpy.run_path(args.script, run_name='__main__')
+        except ImportError as error:
+            if (error.name or '').partition('.')[0] != 'timm':
+                raise
+            raise SystemExit(
+                f'error: {args.script} does not fit the installed timm {timm.__version__} ({error}). Use the script of '
+                f'that version: https://github.com/huggingface/pytorch-image-models/tree/v{timm.__version__}'
+            ) from error
+        except Exception:
+            # An error of the script, or of what it calls, is reported as `python SCRIPT` would.
+            traceback.print_exc()
+            raise SystemExit(1) from None
+
+
+def _script(path: str) -> str:
+    if not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f'no such file: {path!r}')
+    return path
+
+
+@contextmanager
+def _injected() -> Iterator[None]:
+    """Within, a script that imports timm's classification task gets ours, and its parser gets the HNE options."""
+    stock_task, stock_parse = timm.task.ClassificationTask, argparse.ArgumentParser.parse_known_args
+    options: dict[str, Any] = {}
+    create_task = partial(_create_task, stock_task, options)
+    extended = set()
+
+    def parse_known_args(parser, args=None, namespace=None):
+        script = vars(sys.modules['__main__'])
+        injected = any(value is create_task for value in script.values())
+        # All parsers at the first call: train.py parses --config, and checks that file, before anything else.
+        for candidate in (parser, *script.values()):
+            if (
+                    injected and isinstance(candidate, argparse.ArgumentParser)
+                    and candidate.get_default('model') is not None and candidate not in extended
+            ):
+                _add_options(candidate)
+                extended.add(candidate)
+        parsed, rest = stock_parse(parser, args, namespace)
+        if parser in extended:
+            try:
+                options.update(_read_options(parsed))
+            except ValueError as error:
+                parser.error(str(error))
+        elif 'epochs' in parsed and 'model' in parsed and (
+                _is_ensemble_name(parsed.model) or any(argument.startswith('--hne-') for argument in rest)):
+            parser.exit(2, f'error: {_WRONG_SCRIPT.format(sys.argv[0])}\n')
+        return parsed, rest
+
+    timm.task.ClassificationTask = create_task
+    argparse.ArgumentParser.parse_known_args = parse_known_args
+    try:
+        yield
+    finally:
+        timm.task.ClassificationTask = stock_task
+        argparse.ArgumentParser.parse_known_args = stock_parse
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Hierarchical neural ensembles', 'For hne_* models only.')
+    group.add_argument(
+        '--hne-objective', choices=OBJECTIVES,
+        help=f'Training objective (default: {_OPTIONS["objective"]})')
+    group.add_argument(
+        '--hne-alpha', type=float, metavar='ALPHA',
+        help=f'Weight of the distillation term, from 0 to 1 (default: {_OPTIONS["alpha"]})')
+    group.add_argument(
+        '--hne-temperature', type=float, metavar='T',
+        help=f'Temperature of the soft labels (default: {_OPTIONS["temperature"]})')
+
+
+def _read_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the HNE options that are set. For a registered ensemble, write the others into `args`, to be saved.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+    given = {name: getattr(args, f'hne_{name}', None) for name in _OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    HNELoss(**given)
+    if given:
+        # Another task would ignore what was asked for.
+        warnings.simplefilter('error', StockTaskWarning)
+    if _is_ensemble_name(args.model):
+        vars(args).update({f'hne_{name}': given.get(name, default) for name, default in _OPTIONS.items()})
+    return given
+
+
+def _is_ensemble_name(name: str) -> bool:
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.partition('.')[0] == __package__
+
+
+def _create_task(
+        stock_task: Callable[..., nn.Module],
+        options: dict[str, Any],
+        model: nn.Module,
+        *args,
+        **kwargs,
+) -> nn.Module:
+    if isinstance(model, HierarchicalEnsemble):
+        return HNETask(model, *args, **kwargs, **options)
+    if isinstance(model, torch.jit.ScriptModule) and hasattr(model, 'ensemble_size'):
+        raise SystemExit('error: HNETask cannot train a scripted ensemble. Use --torchcompile, not --torchscript.')
+    if options:
+        raise SystemExit(
+            f'error: {", ".join(f"--hne-{name}" for name in options)} can be used with hierarchical ensembles (hne_* '
+            f'models) only, got {type(model).__name__}.')
+    return stock_task(model, *args, **kwargs)
+
+
+def _inject_into_running_script() -> None:
+    """Replace the task of a script whose `--device-modules` is what imports this module."""
+    script = vars(sys.modules['__main__'])
+    frame = inspect.currentframe()
+    while frame is not None:
+        args = frame.f_locals.get('args')
+        if frame.f_globals is script and __name__ in (getattr(args, 'device_modules', None) or ()):
+            options = _read_options(args)
+            # The script has bound the name already.
+            stock_task = script.get('ClassificationTask')
+            if stock_task is timm.task.ClassificationTask:
+                script['ClassificationTask'] = partial(_create_task, stock_task, options)
+            elif options or _is_ensemble_name(args.model):
+                raise SystemExit(f'error: {_WRONG_SCRIPT.format(sys.argv[0])}')
+            return
+        frame = frame.f_back
+
+
+_inject_into_running_script()
