@@ -40,7 +40,9 @@ def results_of(model):
         dict(num_members=n, top1=80.0 + n, top5=99.0, macs=10 ** 7 * n, logit_std=0.1, nll=0.5, brier=0.2, ece=0.03)
         for n in range(1, model.ensemble_size + 1)
     ]
-    return dict(dataset='cifar10', split='test', num_images=10000, members=rows)
+    return dict(
+        model=model.pretrained_cfg['architecture'], nodes=list(model.nodes), data='cifar10', split='test',
+        num_images=10000, objective='independent', epochs=2, members=rows)
 
 
 @pytest.fixture(scope='module')

@@ -18,7 +18,7 @@ from test_hub import NODES, results_of, trained_model
 
 from timm_hne.__main__ import main
 from timm_hne.hub import read_digests
-from timm_hne.publish import load_checkpoint, publish
+from timm_hne.publish import publish
 
 FILES = {
     'README.md', 'SHA256SUMS', 'accuracy.png', 'config.json', 'evaluation.json', 'model.safetensors', 'recipe.yaml'}
@@ -198,10 +198,9 @@ def test_bad_arguments(alice, model, kwargs, message):
 
 def test_results_of_another_model(alice, model):
     results = results_of(model)
-    results['members'] = results['members'][:4]
-    with pytest.raises(ValueError, match=r'results must be those of 1 to 8 members, got those of \[1, 2, 3, 4\]'):
-        send(model, results=results)
-    results = results_of(model)
+    for change in dict(members=results['members'][:4]), dict(nodes=[1, 2, 2, 4, 8]), dict(model='x'), dict(data=None):
+        with pytest.raises(ValueError, match=r"results must be those of all members of .*'nodes': \[1, 1, 2, 4, 8\]"):
+            send(model, results={**results, **change})
     results['members'][3]['top1'] = float('nan')
     with pytest.raises(ValueError, match=r"'top1': nan"):
         send(model, results=results)
@@ -286,7 +285,9 @@ def test_a_commit_in_between_is_not_overwritten(alice, model, quick, monkeypatch
 
 
 def save_checkpoint(path, model, epoch=1, **args):
-    args = argparse.Namespace(model='hne_resnet50_c8', epochs=2, num_classes=10, model_kwargs=dict(nodes=NODES), **args)
+    """Save what timm's training saves."""
+    args = argparse.Namespace(**{
+        **dict(model='hne_resnet50_c8', epochs=2, seed=1, data_dir=str(path.parent), mean=[0.3] * 3), **args})
     torch.save(dict(arch=args.model, args=args, epoch=epoch, state_dict=model.state_dict()), path)
 
 
@@ -296,7 +297,6 @@ def run_folder(model, tmp_path):
     folder.mkdir()
     save_checkpoint(folder / 'model_best.pth.tar', model, epoch=0)
     save_checkpoint(folder / 'last.pth.tar', model, epoch=1)
-    (folder / 'args.yaml').write_text(yaml.safe_dump(RECIPE))
     (folder / 'evaluation.json').write_text(json.dumps(results_of(model)))
     return folder
 
@@ -310,57 +310,64 @@ def test_command(alice, model, run_folder, capsys):
     assert 'Published and verified: http' in capsys.readouterr().out
     assert_published(alice, model)
     assert alice.repos['alice/net'].private
-    assert yaml.safe_load(alice.files('alice/net')['recipe.yaml']) == RECIPE
+    recipe = yaml.safe_load(alice.files('alice/net')['recipe.yaml'])
+    assert recipe['seed'] == 1 and 'data_dir' not in recipe
+    config = json.loads(alice.files('alice/net')['config.json'])
+    assert config['pretrained_cfg']['mean'] == [0.3] * 3
 
 
-def test_command_from_other_files(alice, model, quick, run_folder, capsys):
+def test_command_from_other_files(alice, quick, run_folder, capsys):
+    (run_folder / 'recipe.yaml').write_text(yaml.safe_dump(RECIPE))
     command(run_folder / 'last.pth.tar', '--repo-id', 'alice/net', '--dry-run', '--folder', 'first')
     assert capsys.readouterr().out == 'Wrote first\n'
+    assert yaml.safe_load(Path('first/recipe.yaml').read_text()) == RECIPE
     command('first', '--repo-id', 'alice/net', '--dry-run', '--folder', 'second')
-    nodes = f'nodes={NODES}'.replace(' ', '')
-    command(
-        'first/model.safetensors', '--model', 'hne_resnet50_c8', '--model-kwargs', nodes, '--repo-id', 'alice/net',
-        '--dry-run', '--folder', 'third')
     assert not alice.log
     for name in FILES:
-        assert Path('first', name).read_bytes() == Path('second', name).read_bytes() == Path('third', name).read_bytes()
+        assert Path('first', name).read_bytes() == Path('second', name).read_bytes(), name
+    command(
+        'first/model.safetensors', '--model', 'hne_resnet50_c8', '--repo-id', 'alice/net', '--dry-run', '--folder',
+        'third')
+    assert Path('first/model.safetensors').read_bytes() == Path('third/model.safetensors').read_bytes()
 
 
-def test_ema_weights_are_preferred(model, tmp_path):
-    ema = {f'module.{name}': tensor for name, tensor in model.state_dict().items()}
-    other = timm.create_model('hne_resnet50_c8', nodes=NODES).state_dict()
-    torch.save(dict(epoch=0, state_dict=other, state_dict_ema=ema), tmp_path / 'ema.pth.tar')
-    loaded, _ = load_checkpoint(tmp_path / 'ema.pth.tar', 'hne_resnet50_c8', nodes=NODES)
-    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+@pytest.mark.parametrize('damage, message', [
+    (lambda path, model: save_checkpoint(path, model, epoch=0), r'model_best\.pth\.tar is unfinished: 1 of 2 epochs'),
+    (lambda path, model: path.write_bytes(path.read_bytes()[:-5000]), r'last\.pth\.tar cannot be read'),
+])
+def test_unfinished_runs(alice, model, run_folder, capsys, damage, message):
+    damage(run_folder / 'last.pth.tar', model)
+    with pytest.raises(SystemExit, match='1'):
+        command(run_folder / 'model_best.pth.tar', '--repo-id', 'alice/net')
+    assert re.search(message, capsys.readouterr().err)
+    assert not alice.log
 
 
-def test_bad_checkpoints(model, run_folder):
-    path = run_folder / 'last.pth.tar'
-    save_checkpoint(path, model, epoch=0)
-    with pytest.raises(ValueError, match=r'model_best\.pth\.tar is unfinished: 1 of 2 epochs'):
-        load_checkpoint(run_folder / 'model_best.pth.tar')
-    path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=r'last\.pth\.tar is not a complete checkpoint'):
-        load_checkpoint(path)
-    with pytest.raises(FileNotFoundError, match='There is no checkpoint'):
-        load_checkpoint(run_folder / 'nothing.pth.tar')
-    save_checkpoint(path, trained_model('hne_resnet50_c16', nodes=NODES))
-    with pytest.raises(ValueError, match='The weights are not those of this model'):
-        load_checkpoint(path)
-    save_checkpoint(path, trained_model('hne_resnet50_c8', nodes=(1, 1, 1, 8, 8)))
-    with pytest.raises(ValueError, match=r'nodes=\(1, 1, 1, 8, 8\), the model has nodes=\(1, 1, 2, 4, 8\)'):
-        load_checkpoint(path)
-    safetensors.torch.save_file(model.state_dict(), run_folder / 'model.safetensors')
-    path.unlink()
-    with pytest.raises(ValueError, match='does not say which architecture'):
-        load_checkpoint(run_folder / 'model.safetensors')
-    with pytest.raises(ValueError, match=r'must hold an hne_\* model'):
-        load_checkpoint(run_folder / 'model.safetensors', 'resnet10t')
+@pytest.mark.parametrize('name, arguments, message', [
+    ('nothing.pth.tar', [], 'does not exist'),
+    ('cut.pth.tar', [], 'cannot be read'),
+    ('other.pth.tar', [], 'is not one of hne_resnet50_c8'),
+    ('model.safetensors', [], 'does not say which model'),
+    ('model.safetensors', ['--model', 'resnet10t'], 'must be a hierarchical ensemble'),
+])
+def test_bad_checkpoints(alice, model, run_folder, capsys, name, arguments, message):
+    (run_folder / 'last.pth.tar').unlink()
+    path = run_folder / name
+    if name == 'cut.pth.tar':
+        path.write_bytes((run_folder / 'model_best.pth.tar').read_bytes()[:-5000])
+    elif name == 'other.pth.tar':
+        save_checkpoint(path, trained_model('hne_resnet50_c16', nodes=NODES))
+    elif name == 'model.safetensors':
+        safetensors.torch.save_file(model.state_dict(), path)
+    with pytest.raises(SystemExit, match='1'):
+        command(path, '--repo-id', 'alice/net', *arguments)
+    assert message in capsys.readouterr().err
+    assert not alice.log
 
 
 def test_command_without_results(alice, run_folder, capsys):
     (run_folder / 'evaluation.json').unlink()
     with pytest.raises(SystemExit, match='1'):
         command(run_folder / 'last.pth.tar', '--repo-id', 'alice/net')
-    assert 'timm-hne publish: results: there is no' in capsys.readouterr().err
+    assert 'timm-hne publish: results must be what `timm-hne eval` wrote' in capsys.readouterr().err
     assert not alice.log

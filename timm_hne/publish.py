@@ -15,21 +15,23 @@ import yaml
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import load_file
-from timm.models import PretrainedCfg, clean_state_dict, save_for_hf
-from timm.utils import ParseKwargs
+from timm.models import save_for_hf
+from timm.utils import load_checkpoint_metadata
 
 from .ensemble import HierarchicalEnsemble
-from .hub import CONFIG_NAME, DIGESTS_NAME, digest, fit_weights
+from .evaluate import load_checkpoint
+from .hub import CONFIG_NAME, DIGESTS_NAME, digest
 from .tree import prefixes
 
-__all__ = ['load_checkpoint', 'publish', 'render_card', 'write_folder']
+__all__ = ['publish', 'render_card', 'write_folder']
 
 CARD_NAME = 'README.md'
 RESULTS_NAME = 'evaluation.json'
 RECIPE_NAME = 'recipe.yaml'
 PLOT_NAME = 'accuracy.png'
 DTYPES = {'float16': torch.float16, 'float32': torch.float32}
+# What a training run is told about its images, in timm's names.
+DATA_KEYS = ('img_size', 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
 COLUMNS = ('num_members', 'top1', 'top5', 'macs', 'logit_std', 'nll', 'ece')
 
 
@@ -41,6 +43,7 @@ def publish(
         folder: str | os.PathLike | None = None,
         dtype: str = 'float16',
         label_names: list[str] | None = None,
+        data_config: Mapping[str, Any] | None = None,
         private: bool = False,
         revision: str = 'main',
         token: str | None = None,
@@ -58,6 +61,7 @@ def publish(
         folder: Folder to write; the repository's name, in the current directory, if None.
         dtype: 'float16' or 'float32', the data type of the stored weights.
         label_names: Names of the classes.
+        data_config: How images were prepared, as timm's `resolve_data_config` takes it; as in the model's cfg if None.
         private: Make a new repository private.
         revision: Branch to commit to. It is made if it does not exist.
         token: Token of the Hub; the one of `hf auth login` or `HF_TOKEN` if None.
@@ -75,7 +79,7 @@ def publish(
     if repo_id.count('/') != 1:
         raise ValueError(f"repo_id must be 'user/name', got {repo_id!r}.")
     folder = Path(repo_id.split('/')[1] if folder is None else folder)
-    files = write_folder(model, folder, f'hf-hub:{repo_id}', results, recipe, dtype, label_names)
+    files = write_folder(model, folder, f'hf-hub:{repo_id}', results, recipe, dtype, label_names, data_config)
     if dry_run:
         return str(folder)
     try:
@@ -124,6 +128,7 @@ def write_folder(
         recipe: Mapping[str, Any],
         dtype: str = 'float16',
         label_names: list[str] | None = None,
+        data_config: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write the files of a repository: weights, configuration, card, evaluation, recipe and their digests.
 
@@ -135,6 +140,7 @@ def write_folder(
         recipe: How the model was trained.
         dtype: 'float16' or 'float32', the data type of the stored weights.
         label_names: Names of the classes.
+        data_config: How images were prepared, as timm's `resolve_data_config` takes it; as in the model's cfg if None.
 
     Returns:
         The names of the files.
@@ -163,7 +169,13 @@ def write_folder(
         new = Path(temporary)
         model_config = dict(label_names=label_names) if label_names else None
         save_for_hf(
-            model, new, model_config, model_args=dict(nodes=list(model.nodes)), safe_serialization=True)
+            model,
+            new,
+            model_config,
+            model_args=dict(nodes=list(model.nodes)),
+            safe_serialization=True,
+            data_config=data_config,
+        )
         config = json.loads((new / CONFIG_NAME).read_text())
         config['model_args'].pop('num_members', None)  # chosen by who loads, and out of range for a prefix
         config['model_args'] = dict(sorted(config['model_args'].items()))
@@ -192,9 +204,10 @@ def _check_results(results: Mapping[str, Any], model: HierarchicalEnsemble) -> l
         wrong = {key: row.get(key) for key in COLUMNS if not _is_finite(row.get(key))}
         if wrong:
             raise ValueError(f'results must have a number for each of {COLUMNS}, got {wrong}.')
-    members = [row['num_members'] for row in rows]
-    if members != list(range(1, model.ensemble_size + 1)):
-        raise ValueError(f'results must be those of 1 to {model.ensemble_size} members, got those of {members}.')
+    stated = {key: results.get(key) for key in ('model', 'nodes', 'data', 'split', 'num_images')}
+    expected = {**stated, 'model': model.pretrained_cfg['architecture'], 'nodes': list(model.nodes)}
+    if stated != expected or None in stated.values() or len(rows) != model.ensemble_size:
+        raise ValueError(f'results must be those of all members of {expected}, got {len(rows)} of {stated}.')
     return rows
 
 
@@ -220,8 +233,8 @@ def render_card(config: Mapping[str, Any], source: str, results: Mapping[str, An
     evaluation = [
         EvalResult(
             task_type='image-classification',
-            dataset_type=results['dataset'],
-            dataset_name=results['dataset'],
+            dataset_type=results['data'],
+            dataset_name=results['data'],
             dataset_split=results['split'],
             metric_type='accuracy',
             metric_name=f'Accuracy of {row["num_members"]} member{"s" * (row["num_members"] > 1)}',
@@ -233,7 +246,7 @@ def render_card(config: Mapping[str, Any], source: str, results: Mapping[str, An
         library_name='timm',
         pipeline_tag='image-classification',
         license=cfg['license'],
-        datasets=[results['dataset']],
+        datasets=[results['data']],
         metrics=['accuracy'],
         tags=['image-classification', 'timm', 'ensemble', 'adaptive-inference'],
         model_name=name,
@@ -276,62 +289,28 @@ def _plot(rows: list[Mapping[str, Any]], path: Path) -> None:
 # The command
 
 
-def load_checkpoint(
-        path: str | os.PathLike,
-        name: str | None = None,
-        **model_kwargs,
-) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
-    """Load what a training run or a dry run left behind.
-
-    Args:
-        path: A checkpoint of timm's or this project's training, a safetensors file, or a folder with a `config.json`.
-        name: Architecture; that of the checkpoint if None.
-        **model_kwargs: Arguments of the model, beside those in the checkpoint.
-
-    Returns:
-        The model, and the arguments of the training run as far as the checkpoint has them.
+def _read_run(path: Path, name: str | None) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
+    """Return the model of a checkpoint or of a published folder, and how it was trained as far as the file says.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, unfinished, or holds another model; or its architecture is unknown.
+        ValueError: The file is damaged, its training is unfinished, or it holds no model of this name.
     """
-    path = Path(path)
     if path.is_dir():
-        return timm.create_model(f'local-dir:{path}', pretrained=True, **model_kwargs), {}
-    state_dict, args, epoch = _read_checkpoint(path)
+        return timm.create_model(f'local-dir:{path}', pretrained=True), {}
+    model, config = load_checkpoint(path, name)
     last = path.with_name('last.pth.tar')
-    if last.exists():
-        epoch = _read_checkpoint(last)[2]
-    if epoch is not None and epoch + 1 < args.get('epochs', 0):
-        raise ValueError(f'{path} is unfinished: {epoch + 1} of {args["epochs"]} epochs are done.')
-    name = name or args.get('model')
-    if not name:
-        raise ValueError(f'{path} does not say which architecture it is: give its name.')
-    kwargs = {key: args[key] for key in ('num_classes', 'in_chans') if args.get(key)}
-    kwargs.update(args.get('model_kwargs') or {}, **model_kwargs)
-    model = timm.create_model(name, **kwargs)
-    if not isinstance(model, HierarchicalEnsemble):
-        raise ValueError(f'{path} must hold an hne_* model, got {name!r}.')
-    cfg = PretrainedCfg(**{
-        **model.pretrained_cfg, 'num_classes': model.num_classes, 'input_size': (model.in_chans, 0, 0)})
-    model.load_state_dict(fit_weights(state_dict, model, cfg))
-    return model, args
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], int | None]:
-    """Return weights, arguments and epoch."""
-    if not path.exists():
-        raise FileNotFoundError(f'There is no checkpoint {path}.')
+    newest = last if last.exists() else path
+    if newest.suffix == '.safetensors':
+        return model, config
     try:
-        if path.suffix == '.safetensors':
-            return load_file(path), {}, None
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        weights = checkpoint.get('state_dict_ema') or checkpoint['state_dict']
-        args = checkpoint.get('args') or {}
-        return clean_state_dict(weights), dict(args if isinstance(args, Mapping) else vars(args)), checkpoint['epoch']
-    except Exception as error:
-        raise ValueError(f'{path} is not a complete checkpoint: {error!r}.') from error
+        state = load_checkpoint_metadata(str(newest))
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f'checkpoint {newest} cannot be read: {error}') from error
+    planned = getattr(state.get('args'), 'epochs', 0)
+    if 'epoch' in state and state['epoch'] + 1 < planned:
+        raise ValueError(f'checkpoint {path} is unfinished: {state["epoch"] + 1} of {planned} epochs are done.')
+    return model, config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -344,28 +323,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--folder', help="folder to write (default: the repository's name)")
     parser.add_argument('--dtype', choices=sorted(DTYPES), default='float16', help='default: %(default)s')
     parser.add_argument('--model', help='architecture, if the checkpoint does not say')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='e.g. num_classes=10')
-    parser.add_argument('--results', help=f'output of `timm-hne eval` (default: {RESULTS_NAME} beside the checkpoint)')
     parser.add_argument(
-        '--recipe', help=f'YAML file (default: {RECIPE_NAME} or args.yaml beside the checkpoint)')
+        '--results', metavar='FILE', help=f'output of `timm-hne eval` (default: {RESULTS_NAME} beside the checkpoint)')
+    parser.add_argument(
+        '--recipe', metavar='FILE',
+        help=f'YAML file (default: {RECIPE_NAME} beside the checkpoint, else what the checkpoint says)')
     parser.add_argument('--label-names', nargs='+', metavar='NAME', help='names of the classes, in order')
 
 
 def run(args: argparse.Namespace) -> None:
     """Publish a checkpoint."""
     path = Path(args.checkpoint)
-    beside = path if path.is_dir() else path.parent
-    results = _find('results', args.results, beside, RESULTS_NAME)
-    recipe = _find('recipe', args.recipe, beside, RECIPE_NAME, 'args.yaml')
-    model, _ = load_checkpoint(path, args.model, **args.model_kwargs)
+    model, config = _read_run(path, args.model)
+    folder = path if path.is_dir() else path.parent
+    recipe = _read(args.recipe, folder / RECIPE_NAME)
+    if recipe is None:
+        # paths of this machine are of no use to anybody else
+        recipe = {key: value for key, value in config.items() if not os.path.isabs(str(value))}
     where = publish(
         model,
         args.repo_id,
-        results,
+        _read(args.results, folder / RESULTS_NAME),
         recipe,
         folder=args.folder,
         dtype=args.dtype,
         label_names=args.label_names,
+        data_config={key: config[key] for key in DATA_KEYS if config.get(key) is not None},
         private=args.private,
         revision=args.revision,
         dry_run=args.dry_run,
@@ -373,10 +356,8 @@ def run(args: argparse.Namespace) -> None:
     print(f'Wrote {where}' if args.dry_run else f'Published and verified: {where}')
 
 
-def _find(argument: str, given: str | None, folder: Path, *names: str) -> Any:
-    """Read the YAML or JSON file that was given, or the first of `names` in `folder`."""
-    paths = [Path(given)] if given else [folder / name for name in names]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f'{argument}: there is no {" or ".join(str(path) for path in paths)}.')
-    return yaml.safe_load(path.read_text(encoding='utf-8'))
+def _read(given: str | None, default: Path) -> Any:
+    """Read the YAML or JSON file that was given, or the default one if there is one."""
+    if given is None and not default.exists():
+        return None
+    return yaml.safe_load(Path(given or default).read_text(encoding='utf-8'))

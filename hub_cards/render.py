@@ -1,0 +1,58 @@
+"""Renders the model card of every published tag from its measured results.
+
+    python hub_cards/render.py            # after a change of results, recipe or template
+    python hub_cards/render.py --check    # fails if a card differs from its data
+
+Every folder beside this file is named after a tag, 'architecture.tag', and holds what `timm-hne eval` measured
+(evaluation.json) and how the weights were trained (recipe.yaml). The card (README.md) and its plot (accuracy.png) are
+rendered from them and from the template timm_hne/model_card.md, as `timm-hne publish` does.
+"""
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import timm
+import yaml
+
+from timm_hne.publish import CARD_NAME, PLOT_NAME, RECIPE_NAME, RESULTS_NAME, write_folder
+
+ROOT = Path(__file__).parent
+
+
+def render(folder: Path, check: bool = False) -> None:
+    """Render the card in a folder, or compare it with its data.
+
+    Args:
+        folder: Folder that is named after a tag.
+        check: Compare only.
+
+    Raises:
+        ValueError: The card differs from its data.
+    """
+    results = json.loads((folder / RESULTS_NAME).read_text(encoding='utf-8'))
+    recipe = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding='utf-8'))
+    with tempfile.TemporaryDirectory() as temporary:
+        new = Path(temporary, folder.name)
+        write_folder(timm.create_model(folder.name, pretrained=True), new, folder.name, results, recipe)
+        if not check:
+            for name in (CARD_NAME, PLOT_NAME):
+                shutil.move(new / name, folder / name)
+        elif (new / CARD_NAME).read_text() != (folder / CARD_NAME).read_text():
+            raise ValueError(f'{folder / CARD_NAME} differs from its data: run python hub_cards/render.py.')
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
+    """Render or check all cards below `root`."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--check', action='store_true', help='compare the cards with their data')
+    args = parser.parse_args(argv)
+    folders = sorted(path.parent for path in root.glob(f'*/{RESULTS_NAME}'))
+    for folder in folders:
+        render(folder, args.check)
+        print(f'{folder.name}: {"unchanged" if args.check else "rendered"}')
+
+
+if __name__ == '__main__':
+    main()
