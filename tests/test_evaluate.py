@@ -1,4 +1,5 @@
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 from timm.utils import CheckpointSaver
 
 import timm_hne.evaluate as evaluation
@@ -261,6 +263,21 @@ def test_unreadable_image_is_named(tmp_path, folder, model, capsys):
     with pytest.raises(SystemExit):
         main(['eval', '--checkpoint', str(path), '--data-dir', str(tmp_path / 'data'), '--workers', '0'])
     assert 'class0/broken.png' in capsys.readouterr().err
+
+
+def test_hub_model(tmp_path, hub, folder, model):
+    save_for_hf(model, tmp_path / 'repo', model_args={'nodes': NODES}, safe_serialization=True)
+    files = {path.name: path.read_bytes() for path in (tmp_path / 'repo').iterdir()}
+    digests = ''.join(f'{hashlib.sha256(data).hexdigest()}  {name}\n' for name, data in files.items())
+    hub.add('alice/net', {**files, 'SHA256SUMS': digests.encode()})
+    checkpoint = save(tmp_path, model)
+    results = []
+    for number, source in enumerate((['hf-hub:alice/net'], ['--checkpoint', str(checkpoint)])):
+        output = tmp_path / f'{number}.json'
+        main(['eval', *source, '--data-dir', str(folder), '--split', 'test', '--img-size', '8', '--workers', '0',
+              '--output', str(output)])
+        results.append(json.loads(output.read_text()))
+    assert results[0] == {**results[1], 'epochs': None}
 
 
 def test_without_model_and_checkpoint(capsys):
