@@ -236,7 +236,7 @@ def run_rank(rank, init_file, result_file):
     model = create_ensemble(seed=rank).eval()  # DDP broadcasts the weights of rank 0; BatchNorm must not see batches
     task = HNETask(model, verbose=False)
     task.compile(backend='eager')
-    task.prepare_distributed()
+    task.prepare_distributed(device_ids=[torch.device('cpu')])  # as timm's train.py
     assert unwrap_model(task.get_eval_model()) is model
     with task.no_sync():
         task(images[2 * rank:2 * rank + 2], target[2 * rank:2 * rank + 2])['loss'].backward()

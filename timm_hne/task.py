@@ -100,6 +100,11 @@ class HNETask(ClassificationTask):
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.eval_model
 
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'HNETask':
+        """Wrap what is trained in DistributedDataParallel."""
+        # timm's train.py names the device even if it is the CPU, which DDP refuses.
+        return super().prepare_distributed(None if self.device.type == 'cpu' else device_ids, **ddp_kwargs)
+
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         """Return the ensemble, compiled if the task is, for validation and checkpoints."""
         resolved = super().get_eval_model(module=module, ema=ema)

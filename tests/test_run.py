@@ -1,0 +1,354 @@
+"""`timm-hne run` and `--device-modules timm_hne.training`.
+
+timm's scripts are not part of its package. What they do that matters here (the names they import, the two parsers, the
+order of steps) is done by small scripts of our own; the environment variable TIMM_SCRIPTS, the path of a folder with
+timm's train.py and validate.py, adds the real ones.
+"""
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import timm.task
+import torch
+import yaml
+from PIL import Image
+
+import timm_hne.training
+from timm_hne.__main__ import main
+
+# Two parsers, the first for --config; the task bound at import; the arguments saved before anything is created.
+TRAIN = '''
+import argparse
+import importlib
+
+import timm
+import torch
+import yaml
+from timm.task import ClassificationTask, LogitDistillationTask
+
+config_parser = parser = argparse.ArgumentParser(add_help=False)
+parser.add_argument('-c', '--config', default='')
+parser = argparse.ArgumentParser(description='Stand-in of train.py')
+parser.add_argument('--model', default='resnet10t')
+parser.add_argument('--epochs', type=int, default=1)
+parser.add_argument('--output', default='result.yaml')
+parser.add_argument('--torchscript', action='store_true')
+parser.add_argument('--distil', action='store_true')
+parser.add_argument('--device-modules', nargs='+')
+
+
+def main():
+    args_config, remaining = config_parser.parse_known_args()
+    if args_config.config:
+        with open(args_config.config) as file:
+            config = yaml.safe_load(file)
+        unknown = set(config) - {action.dest for action in parser._actions}  # as timm 1.0.31 looks for them
+        parser.set_defaults(**config)
+    args = parser.parse_args(remaining)
+    saved = dict(vars(args))
+    if args_config.config:
+        saved['unknown'] = sorted(unknown)
+    for module in args.device_modules or ():
+        importlib.import_module(module)
+
+    kwargs = dict(width=4, nodes=(1, 1, 1, 2, 4)) if args.model.startswith('hne_') else {}
+    model = timm.create_model(args.model, num_classes=3, **kwargs)
+    if args.torchscript:
+        model = torch.jit.script(model)
+    if args.distil:
+        task = LogitDistillationTask(model, timm.create_model('resnet10t', num_classes=3))
+    else:
+        task = ClassificationTask(
+            model=model, criterion=torch.nn.CrossEntropyLoss(), device=torch.device('cpu'), verbose=False)
+    result = task(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    result['loss'].backward()
+    saved['task'] = type(task).__name__
+    saved['terms'] = sorted(result)
+    with open(args.output, 'w') as file:
+        yaml.safe_dump(saved, file)
+
+
+if __name__ == '__main__':
+    main()
+'''
+OLD_TRAIN = '''
+import argparse
+
+parser = argparse.ArgumentParser()
+parser.add_argument('--model', default='resnet10t')
+parser.add_argument('--epochs', type=int, default=1)
+parser.add_argument('--device-modules', nargs='+')
+args = parser.parse_args()
+for module in args.device_modules or ():
+    __import__(module)
+print('trained', args.model)
+'''
+VALIDATE = '''
+import argparse
+
+import timm
+import torch
+from timm.utils import ParseKwargs
+
+parser = argparse.ArgumentParser()
+parser.add_argument('--model', default='resnet10t')
+parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+args = parser.parse_args()
+model = timm.create_model(args.model, **args.model_kwargs)
+print('members', model.num_members, tuple(model(torch.randn(1, 3, 8, 8)).shape))
+'''
+HNE, OTHER = 'hne_resnet50_c8', 'resnet10t'
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(text):
+        path = tmp_path / 'script.py'
+        path.write_text(text)
+        return str(path)
+    return write
+
+
+@pytest.fixture
+def train(tmp_path, script, monkeypatch):
+    """Run the stand-in of train.py in this process and return what it saved."""
+    path, output = script(TRAIN), tmp_path / 'result.yaml'
+    monkeypatch.setattr(sys, 'argv', ['timm-hne'])
+
+    def run(*arguments):
+        main(['run', path, '--output', str(output), *arguments])
+        return yaml.safe_load(output.read_text())
+    return run
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=240)
+
+
+def test_ensembles_get_our_task(train):
+    result = train('--model', HNE)
+    assert result['task'] == 'HNETask'
+    assert result['terms'] == ['hierarchical_codistillation', 'independent', 'loss', 'output']
+    saved = {name: value for name, value in result.items() if name.startswith('hne_')}
+    assert saved == {'hne_objective': 'hierarchical_codistillation', 'hne_alpha': 0.5, 'hne_temperature': 2.0}
+
+
+def test_options_reach_the_task_and_are_saved(train, monkeypatch):
+    seen = []
+    monkeypatch.setattr(timm_hne.training, 'HNETask', lambda *args, **kwargs: seen.append(kwargs) or original(
+        *args, **kwargs))
+    original = timm_hne.task.HNETask
+    result = train('--model', HNE, '--hne-objective', 'codistillation', '--hne-alpha', '0.25')
+    assert result['terms'] == ['codistillation', 'independent', 'loss', 'output']
+    assert (result['hne_objective'], result['hne_alpha'], result['hne_temperature']) == ('codistillation', 0.25, 2.0)
+    assert (seen[0]['objective'], seen[0]['alpha']) == ('codistillation', 0.25)
+    assert 'temperature' not in seen[0]
+
+
+def test_other_models_are_untouched(train):
+    result = train('--model', OTHER)
+    assert result['task'] == 'ClassificationTask'
+    assert result['terms'] == ['loss', 'output']
+
+
+def test_timm_and_argparse_are_as_before(train):
+    before = timm.task.ClassificationTask, argparse.ArgumentParser.parse_known_args
+    train('--model', HNE)
+    with pytest.raises(SystemExit):
+        train('--no-such-argument')
+    assert (timm.task.ClassificationTask, argparse.ArgumentParser.parse_known_args) == before
+    assert before[0].__module__ == 'timm.task.classification'
+
+
+def test_help(train, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train('--help')
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert 'Stand-in of train.py' in text
+    for option in ('--hne-objective', '--hne-alpha', '--hne-temperature', 'default: hierarchical_codistillation'):
+        assert option in ' '.join(text.split())
+
+
+def test_config_file(train, tmp_path):
+    config = tmp_path / 'config.yaml'
+    config.write_text('hne_objective: hierarchical\nhne_alpha: 0.75\nother: 1\n')
+    result = train('--config', str(config), '--model', HNE, '--hne-alpha', '0.25')
+    assert result['terms'] == ['hierarchical', 'loss', 'output']
+    assert result['hne_alpha'] == 0.25
+    assert result['unknown'] == ['other']
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--hne-objective', 'distil'], 'invalid choice'),
+    (['--hne-alpha', '1.5'], 'alpha must be from 0 to 1, got 1.5'),
+    (['--hne-alpha', 'half'], 'invalid float value'),
+    (['--hne-temperature', '0'], 'temperature must be positive'),
+])
+def test_wrong_options(train, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit:
+        train('--model', HNE, *arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_option_in_config_file(train, tmp_path, capsys):
+    config = tmp_path / 'config.yaml'
+    config.write_text('hne_objective: distil\n')
+    with pytest.raises(SystemExit):
+        train('--config', str(config), '--model', HNE)
+    assert 'objective must be one of independent, hierarchical' in capsys.readouterr().err
+
+
+def test_options_for_another_model(train):
+    with pytest.raises(SystemExit, match=r'--hne-objective, --hne-alpha can be used with .* got ResNet'):
+        train('--model', OTHER, '--hne-alpha', '0.5', '--hne-objective', 'independent')
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.script')
+def test_scripted_ensemble(train):
+    with pytest.raises(SystemExit, match='--torchcompile'):
+        train('--model', HNE, '--torchscript')
+
+
+def test_another_task(train, capsys):
+    """Distilling an ensemble from a teacher warns; options that this would ignore are an error."""
+    with pytest.warns(timm_hne.task.StockTaskWarning):
+        assert train('--model', HNE, '--distil')['task'] == 'LogitDistillationTask'
+    with pytest.raises(SystemExit) as exit:
+        train('--model', HNE, '--distil', '--hne-objective', 'independent')
+    assert exit.value.code == 1
+    assert "StockTaskWarning: timm's LogitDistillationTask trains HNEResNet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('arguments', [['--model', HNE], ['--hne-alpha', '0.5']])
+def test_script_without_tasks(script, capsys, arguments):
+    with pytest.raises(SystemExit) as exit:
+        main(['run', script(OLD_TRAIN), *arguments])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert 'timm 1.0.23 or later' in error and f'v{timm.__version__}/train.py' in error
+    main(['run', script(OLD_TRAIN), '--model', OTHER])
+    assert capsys.readouterr().out == f'trained {OTHER}\n'
+
+
+def test_script_of_another_version(script):
+    with pytest.raises(SystemExit, match=rf'does not fit the installed timm {timm.__version__} .*no_such_name'):
+        main(['run', script('from timm.utils import no_such_name\n')])
+
+
+def test_errors_of_the_script_keep_their_traceback(script, capsys):
+    path = script('def fail():\n    raise ValueError("from the script")\n\n\nfail()\n')
+    with pytest.raises(SystemExit) as exit:
+        main(['run', path])
+    assert exit.value.code == 1
+    error = capsys.readouterr().err
+    assert f'File "{path}", line 2, in fail' in error and 'ValueError: from the script' in error
+    with pytest.raises(ModuleNotFoundError, match='no_such_package'):
+        main(['run', script('import no_such_package\n')])
+    with pytest.raises(SystemExit) as exit:
+        main(['run', script('raise SystemExit(7)\n')])
+    assert exit.value.code == 7
+
+
+def test_missing_script(capsys, tmp_path):
+    for path in (tmp_path / 'train.py', tmp_path):
+        with pytest.raises(SystemExit) as exit:
+            main(['run', str(path)])
+        assert exit.value.code == 2
+        assert f"no such file: '{path}'" in capsys.readouterr().err
+
+
+def test_other_scripts_run_as_they_are(script, capsys):
+    main(['run', script(VALIDATE), '--model', HNE, '--model-kwargs', 'num_members=4'])
+    assert capsys.readouterr().out == 'members 4 (1, 10)\n'
+    with pytest.raises(SystemExit):
+        main(['run', script(VALIDATE), '--hne-alpha', '0.5'])
+    assert 'unrecognized arguments: --hne-alpha' in capsys.readouterr().err
+
+
+def test_command_line(script, tmp_path):
+    output = tmp_path / 'result.yaml'
+    done = python('-m', 'timm_hne', 'run', script(TRAIN), '--model', HNE, '--output', str(output))
+    assert done.returncode == 0, done.stderr
+    assert 'StockTaskWarning' not in done.stderr
+    assert yaml.safe_load(output.read_text())['task'] == 'HNETask'
+
+
+def test_device_modules(script, tmp_path):
+    output, config = tmp_path / 'result.yaml', tmp_path / 'config.yaml'
+    config.write_text('hne_objective: independent\n')
+    arguments = [script(TRAIN), '--device-modules', 'timm_hne.training', '--output', str(output)]
+    done = python(*arguments, '--config', str(config), '--model', HNE)
+    assert done.returncode == 0, done.stderr
+    assert 'StockTaskWarning' not in done.stderr
+    result = yaml.safe_load(output.read_text())
+    assert (result['task'], result['terms']) == ('HNETask', ['independent', 'loss', 'output'])
+    done = python(*arguments, '--model', OTHER)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(output.read_text())['task'] == 'ClassificationTask'
+
+
+def test_device_modules_of_a_script_without_tasks(script):
+    done = python(script(OLD_TRAIN), '--model', HNE, '--device-modules', 'timm_hne.training')
+    assert done.returncode == 1
+    assert 'timm 1.0.23 or later' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_plain_import_injects_nothing(script, tmp_path):
+    """A script that imports the module itself, or runs without it, keeps timm's task, with exactly one warning."""
+    output = tmp_path / 'result.yaml'
+    for text in (TRAIN, TRAIN.replace('import yaml\n', 'import yaml\nimport timm_hne.training\n', 1)):
+        done = python(script(text), '--model', HNE, '--output', str(output))
+        assert done.returncode == 0, done.stderr
+        assert yaml.safe_load(output.read_text())['task'] == 'ClassificationTask'
+        assert done.stderr.count('StockTaskWarning') == 1
+        assert 'timm-hne run' in done.stderr
+
+
+def image_folder(root):
+    generator = torch.Generator().manual_seed(0)
+    for split in ('train', 'validation'):
+        for label in range(2):
+            folder = root / split / f'class{label}'
+            folder.mkdir(parents=True)
+            for index in range(4):
+                pixels = torch.randint(96, (16, 16, 3), generator=generator, dtype=torch.uint8) + 128 * label
+                Image.fromarray(pixels.numpy()).save(folder / f'{index}.png')
+    return root
+
+
+@pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="TIMM_SCRIPTS is not set to a folder with timm's scripts")
+def test_timms_own_scripts(tmp_path):
+    scripts = Path(os.environ['TIMM_SCRIPTS'])
+    common = [
+        '--data-dir', str(image_folder(tmp_path / 'data')), '--model', HNE, '--num-classes', '2', '--img-size', '16',
+        '--device', 'cpu', '--batch-size', '4', '--workers', '0', '--amp', '--amp-dtype', 'bfloat16',
+        '--channels-last',
+    ]
+    train = [
+        '-m', 'timm_hne', 'run', str(scripts / 'train.py'), *common, '--lr', '0.05', '--warmup-epochs', '0',
+        '--epochs', '2', '--output', str(tmp_path), '--experiment', 'run', '--model-ema', '--mixup', '0.2',
+        '--grad-accum-steps', '2', '--hne-alpha', '0.75',
+    ]
+    done = python(*train)
+    assert done.returncode == 0, done.stderr
+    assert 'alpha=0.75' in done.stderr and 'StockTaskWarning' not in done.stderr
+    saved = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
+    assert (saved['hne_objective'], saved['hne_alpha']) == ('hierarchical_codistillation', 0.75)
+    checkpoint = str(tmp_path / 'run' / 'last.pth.tar')
+    timm.create_model(HNE, num_classes=2, checkpoint_path=checkpoint)
+
+    done = python(*train, '--resume', checkpoint, '--epochs', '3')
+    assert done.returncode == 0, done.stderr
+    assert 'Train: 2 ' in done.stderr and 'Train: 1 ' not in done.stderr
+
+    done = python(
+        '-m', 'timm_hne', 'run', str(scripts / 'validate.py'), *common, '--checkpoint', checkpoint, '--split',
+        'validation', '--model-kwargs', 'num_members=2')
+    assert done.returncode == 0, done.stderr
+    assert '"top1"' in done.stdout
