@@ -38,6 +38,12 @@ def alice(hub, monkeypatch, tmp_path):
     return hub
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Drawing takes longer than all else."""
+    monkeypatch.setattr(sys.modules['timm_hne.publish'], '_plot', lambda rows, path: path.write_bytes(b'a plot'))
+
+
 def send(model, repo_id='alice/net', **kwargs):
     return publish(model, repo_id, **{**dict(results=results_of(model), recipe=RECIPE), **kwargs})
 
@@ -63,6 +69,7 @@ def test_publish(alice, model):
     assert json.loads(Path('net/evaluation.json').read_text()) == results_of(model)
     assert yaml.safe_load(Path('net/recipe.yaml').read_text()) == RECIPE
     assert not alice.repos['alice/net'].private
+    assert Path('net/model.safetensors').stat().st_mode == Path('net/config.json').stat().st_mode
     assert model.training is False and next(model.parameters()).dtype == torch.float32
 
 
@@ -117,8 +124,10 @@ def test_the_card(alice, model):
     assert Image.open('net/accuracy.png').size == (600, 420)
 
 
-def test_the_code_of_the_card_runs(alice, model, capsys):
-    send(model)
+@pytest.mark.parametrize('in_chans', [1, 3])
+def test_the_code_of_the_card_runs(alice, quick, in_chans):
+    cfg = dict(input_size=(in_chans, 32, 32), mean=(0.5,) * in_chans, std=(0.5,) * in_chans)
+    send(trained_model(nodes=NODES, in_chans=in_chans, pretrained_cfg_overlay=cfg))
     Image.new('RGB', (40, 32), 'red').save('image.png')
     code = re.findall(r'```python\n(.*?)```', Path('net/README.md').read_text(), re.DOTALL)
     assert len(code) == 1
@@ -230,12 +239,6 @@ STEPS = [
     'POST /alice/net.git/info/lfs/objects/verify', 'POST /api/models/alice/net/commit', 'HEAD /alice/net/resolve',
     'GET /cdn/',
 ]
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Drawing takes longer than all else."""
-    monkeypatch.setattr(sys.modules['timm_hne.publish'], '_plot', lambda rows, path: path.write_bytes(b'a plot'))
 
 
 @pytest.mark.parametrize('step', STEPS)

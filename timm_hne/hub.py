@@ -256,8 +256,8 @@ def _check_config(
         raise ValueError(
             f'{CONFIG_NAME} does not belong to the weights: it states {cfg.input_size[0]} image channels for '
             f'first_conv={cfg.first_conv!r}, the weights have {None if stem is None else tuple(stem.shape)} there.')
-    if set(args) - {'nodes', 'num_classes', 'in_chans', 'num_members', 'global_pool'}:
-        # any other argument may change sizes: look at the shapes without the memory
+    if nodes is None or set(args) - {'nodes', 'num_classes', 'in_chans', 'num_members', 'global_pool'}:
+        # sizes may come from elsewhere: look at the shapes without the memory
         fit_weights(weights, model_cls(**{**model_kwargs, 'device': 'meta'}), cfg)
 
 

@@ -20,7 +20,7 @@ from timm.utils import load_checkpoint_metadata
 
 from .ensemble import HierarchicalEnsemble
 from .evaluate import load_checkpoint
-from .hub import CONFIG_NAME, DIGESTS_NAME, digest
+from .hub import CONFIG_NAME, DIGESTS_NAME, WEIGHTS_NAME, digest
 from .tree import prefixes
 
 __all__ = ['publish', 'render_card', 'write_folder']
@@ -179,7 +179,9 @@ def write_folder(
         config = json.loads((new / CONFIG_NAME).read_text())
         config['model_args'].pop('num_members', None)  # chosen by who loads, and out of range for a prefix
         config['model_args'] = dict(sorted(config['model_args'].items()))
+        config['pretrained_cfg'].pop('tag', None)  # of the weights that the training may have started from
         _write_json(new / CONFIG_NAME, config)
+        (new / WEIGHTS_NAME).chmod((new / CONFIG_NAME).stat().st_mode)  # safetensors lets only the owner read
         _write_json(new / RESULTS_NAME, results)
         (new / RECIPE_NAME).write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
         _plot(rows, new / PLOT_NAME)
@@ -266,7 +268,7 @@ def render_card(config: Mapping[str, Any], source: str, results: Mapping[str, An
         ensemble_size=nodes[-1],
         results=results,
         rows=rows,
-    ))
+    )) + '\n'
 
 
 def _plot(rows: list[Mapping[str, Any]], path: Path) -> None:
