@@ -4,6 +4,7 @@ from .hne_mobilenetv2 import HNEMobileNetV2
 from .hne_resnet import HNEResNet
 from .inference import calibrate_threshold, early_exit
 from .losses import HNELoss
+from .optimize import optimize_for_inference
 from .publish import publish
 from .task import HNETask
 from .version import __version__
@@ -17,5 +18,6 @@ __all__ = [
     '__version__',
     'calibrate_threshold',
     'early_exit',
+    'optimize_for_inference',
     'publish',
 ]

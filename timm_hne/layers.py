@@ -82,23 +82,22 @@ class BranchedConv2d(nn.Conv2d):
         whole_stop = max(stop // branching * branching, whole_start)
         cuts = [start, whole_start, whole_stop, stop]
         in_channels = self.in_channels // self.parents
-        out_channels = self.out_channels // self.nodes
         outputs: List[torch.Tensor] = []
         for i in range(3):
             first, last = cuts[i], cuts[i + 1]
             if first < last:
                 parent_start = first // branching - start // branching
                 parent_stop = -(-last // branching) - start // branching
-                outputs.append(F.conv2d(
-                    x[:, parent_start * in_channels:parent_stop * in_channels],
-                    self.weight[first * out_channels:last * out_channels],
-                    None,
-                    self.stride,
-                    self.padding,
-                    self.dilation,
-                    (parent_stop - parent_start) * (self.groups // self.parents),
-                ))
+                features = x[:, parent_start * in_channels:parent_stop * in_channels]
+                outputs.append(self.convolve(features, first, last, parent_stop - parent_start))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def convolve(self, x: torch.Tensor, first: int, last: int, parents: int) -> torch.Tensor:
+        """Compute the nodes `first` to `last - 1` from their parents, all of which have the same number of children."""
+        out_channels = self.out_channels // self.nodes
+        weight = self.weight[first * out_channels:last * out_channels]
+        groups = parents * (self.groups // self.parents)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, parents={self.parents}, nodes={self.nodes}'

@@ -1,0 +1,279 @@
+"""The optimised model against the original: folded, in every formulation, compiled, and without a compiler."""
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from test_inference import TREES, direct, images, randomize, small_mobilenet, small_resnet
+
+from timm_hne import HierarchicalEnsemble, optimize
+from timm_hne.inference import early_exit
+from timm_hne.layers import ConvNormAct, TreeBlock
+from timm_hne.optimize import FORMULATIONS, FoldedConv, optimize_for_inference
+from timm_hne.tree import prefixes
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory(monkeypatch):
+    monkeypatch.setattr(optimize, '_fastest', {})
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Trace as for compilation but run the graphs as they are; count the graphs."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    options = {}
+
+    def compile(function, frontier):
+        options['guard_filter_fn'] = torch.compiler.keep_tensor_guards_unsafe
+        return torch.compile(function, backend=backend, options=options, fullgraph=True)
+
+    monkeypatch.setattr(optimize, '_compile', compile)
+    return graphs
+
+
+def assert_like(result, expected, tolerance=1e-4):
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.mark.parametrize('nodes', TREES)
+def test_every_prefix_equals_the_original(nodes):
+    model, x = small_resnet(nodes), images()
+    fast = optimize_for_inference(model, compile=False)
+    for n, expected in direct(model, x).items():
+        assert_like(fast(x, num_members=n), expected)
+        assert_like(fast.forward_members(x, n).mean(dim=1), expected)
+    for n, logits in zip(prefixes(model.ensemble_size), fast.anytime(x), strict=True):
+        assert_like(logits, model(x, num_members=n))
+
+
+def test_mobilenet_and_an_extracted_prefix():
+    model, x = small_mobilenet(), images(2, 64)
+    assert_like(optimize_for_inference(model, compile=False)(x), model(x))
+    part = model.extract(5)
+    fast = optimize_for_inference(part, compile=False)
+    for n, expected in direct(part, x).items():
+        assert_like(fast(x, num_members=n), expected)
+
+
+@pytest.mark.parametrize('name', FORMULATIONS)
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('parents, nodes', [(1, 3), (2, 4), (4, 4)])
+def test_formulations_agree(name, stride, parents, nodes):
+    torch.manual_seed(0)
+    layer = ConvNormAct(6, 5, 1, parents, nodes, stride)
+    layer.conv.init_weights()
+    randomize(layer)
+    folded, x = FoldedConv(layer), torch.randn(2, parents * 6, 5, 7)
+    folded.formulations[0, nodes, False] = name
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_fastest_formulation_is_chosen_once_and_remembered(monkeypatch):
+    measured = []
+
+    def seconds(functions, device):
+        measured.append(sorted(functions))
+        return {'grouped': 1., 'matmul': 0.5, 'per_node': 2.}
+
+    layer = ConvNormAct(6, 5, 1, 2, 4)
+    first, second = FoldedConv(layer), FoldedConv(layer)
+    monkeypatch.setattr(optimize, '_time', seconds)
+    first.measuring = second.measuring = True
+    with torch.no_grad():
+        for folded in (first, second):
+            for _ in range(2):
+                folded(torch.zeros(2, 12, 4, 4))
+            assert folded.formulations == {(0, 4, False): 'matmul'}
+        assert measured == [['grouped', 'matmul', 'per_node']]
+        first(torch.zeros(1, 12, 4, 4))
+    assert first.formulations[0, 4, True] == 'matmul' and len(measured) == 2
+
+
+def test_a_small_advantage_does_not_replace_the_grouped_convolution(monkeypatch):
+    folded = FoldedConv(ConvNormAct(6, 5, 1, 2, 4))
+    seconds = {'grouped': 1., 'matmul': 0.95, 'per_node': 0.95}
+    monkeypatch.setattr(optimize, '_time', lambda functions, device: seconds)
+    folded.measuring = True
+    with torch.no_grad():
+        folded(torch.zeros(2, 12, 4, 4))
+    assert folded.formulations == {(0, 4, False): 'grouped'}
+
+
+def test_depthwise_and_lone_parents_are_not_measured(monkeypatch):
+    monkeypatch.setattr(optimize, '_time', lambda functions, device: pytest.fail('measured'))
+    for layer in (ConvNormAct(4, 4, 3, 2, 2, groups=4), ConvNormAct(4, 4, 1, 1, 2)):
+        folded = FoldedConv(layer)
+        folded.measuring = True
+        folded(torch.zeros(2, layer.conv.in_channels, 4, 4))
+
+
+def test_the_faster_layout_is_chosen(monkeypatch):
+    model, x = small_resnet(), images()
+    for seconds, memory_format in (
+            ({'contiguous': 1., 'channels_last': 2.}, torch.contiguous_format),
+            ({'contiguous': 2., 'channels_last': 1.}, torch.channels_last),
+    ):
+        fast = optimize_for_inference(model, compile=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(optimize, '_time', lambda functions, device, seconds=seconds: seconds)
+            patch.setattr(FoldedConv, '_choose', lambda *args: 'grouped')
+            assert_like(fast(x), model(x))
+        assert fast.memory_format == memory_format
+        assert fast.blocks[0][0].weight.is_contiguous(memory_format=memory_format)
+
+
+def test_the_original_is_untouched():
+    model, x = small_resnet(), images()
+    before = copy.deepcopy(model.state_dict())
+    expected = model(x)
+    fast = optimize_for_inference(model, x, compile=False, dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype, name
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(x), expected)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fast.modules())
+    pointers = {p.data_ptr() for p in model.parameters()}
+    assert not any(p.data_ptr() in pointers for p in fast.parameters())
+
+
+def test_bfloat16():
+    model, x = small_resnet(), images()
+    fast = optimize_for_inference(model, compile=False, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in fast.parameters())
+    for n, logits in zip((1, 2, 4), fast.anytime(x), strict=True):
+        assert_like(fast(x, num_members=n), model(x, num_members=n), tolerance=5e-2)
+        assert_like(logits, model(x, num_members=n), tolerance=5e-2)
+
+
+def test_interface():
+    model, x = small_resnet(), images()
+    fast = optimize_for_inference(model, compile=False)
+    for name in ('nodes', 'ensemble_size', 'num_leaves', 'num_classes', 'num_members', 'in_chans', 'pretrained_cfg'):
+        assert getattr(fast, name) == getattr(model, name), name
+    fast.num_members = 2
+    assert_like(fast(x), model(x, num_members=2))
+    assert fast(x).requires_grad is False
+    assert fast(images(0)).shape == (0, 10)
+    assert_like(early_exit(fast, x, 1.).logits, early_exit(model, x, 1.).logits)
+    assert fast.eval() is fast
+    with pytest.raises(AttributeError, match='no_such_thing'):
+        fast.no_such_thing  # noqa: B018
+
+
+# Compilation, of a network of a few layers because tracing takes long.
+
+def tiny_ensemble():
+    torch.manual_seed(0)
+    nodes, blocks = (1, 2, 4), []
+    for parents, count in zip((1, *nodes), nodes):
+        in_channels = 8 if blocks else 3
+        layers = (ConvNormAct(in_channels, 8, 1, parents, count), ConvNormAct(8, 8, 3, count, count, groups=8))
+        blocks.append(TreeBlock(*layers, nodes=count, out_channels=8))
+    return randomize(HierarchicalEnsemble(blocks, [1, 1, 1], num_classes=5, in_chans=3))
+
+
+def test_one_graph_per_number_of_members_for_all_batch_sizes(traced):
+    model = tiny_ensemble()
+    fast = optimize_for_inference(model)
+    for n in range(1, 5):
+        for batch_size in (2, 3, 5):
+            x = images(batch_size)
+            assert_like(fast(x, num_members=n), model(x, num_members=n))
+        assert len(traced) == n
+    assert_like(fast(images(1), num_members=3), model(images(1), num_members=3))
+    assert_like(fast(images(1), num_members=3), model(images(1), num_members=3))
+    assert len(traced) == 5
+
+
+def test_steps_are_compiled_once_too(traced):
+    model = tiny_ensemble()
+    fast = optimize_for_inference(model)
+    for batch_size in (3, 4):
+        x = images(batch_size)
+        for n, logits in zip((1, 2, 4), fast.anytime(x), strict=True):
+            assert_like(logits, model(x, num_members=n))
+    assert len(traced) == 3
+
+
+def test_graphs_are_made_lazily_and_again_after_a_move(traced):
+    model, x = tiny_ensemble(), images()
+    fast = optimize_for_inference(model)
+    assert len(traced) == 0
+    fast = optimize_for_inference(model, x)
+    assert len(traced) == 1
+    fast(x)
+    assert len(traced) == 1
+    fast.double()
+    assert_like(fast(x), model(x))
+    assert len(traced) == 2
+
+
+def test_a_copy_compiles_for_itself(traced):
+    model, x = tiny_ensemble(), images()
+    fast = optimize_for_inference(model, x)
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        for p in fast.parameters():
+            p.data.zero_()
+        assert_like(twin(x), model(x))
+        fast = copy.deepcopy(twin)
+
+
+def test_without_a_compiler_it_runs_eagerly(monkeypatch):
+    def unavailable(function, frontier):
+        raise RuntimeError('no compiler found')
+
+    monkeypatch.setattr(optimize, '_compile', unavailable)
+    model, x = tiny_ensemble(), images()
+    fast = optimize_for_inference(model)
+    with pytest.warns(UserWarning, match='no compiler found'):
+        assert_like(fast(x), model(x))
+    assert_like(fast(x, num_members=2), model(x, num_members=2))
+
+
+def test_really_compiled():
+    model, x = tiny_ensemble(), images()
+    fast = optimize_for_inference(model, x)
+    assert fast.compile_programs, 'compilation fell back to eager'
+    assert_like(fast(x), model(x))
+    assert_like(fast(images(5)), model(images(5)))
+
+
+# Bad input.
+
+def test_refused_models():
+    with pytest.raises(ValueError, match='training mode'):
+        optimize_for_inference(small_resnet().train())
+    with pytest.raises(TypeError, match=r'model must be an hne_\* model, got Linear'):
+        optimize_for_inference(torch.nn.Linear(1, 1))
+    for dtype in (torch.int8, 'bfloat16'):
+        with pytest.raises(TypeError, match='dtype must be a floating point'):
+            optimize_for_inference(small_resnet(), dtype=dtype)
+
+
+def test_refused_calls():
+    fast = optimize_for_inference(small_resnet(), compile=False)
+    for num_members, error in ((0, ValueError), (5, ValueError), (2., TypeError)):
+        with pytest.raises(error, match='num_members'):
+            fast(images(), num_members=num_members)
+    with pytest.raises(ValueError, match='x must be images'):
+        fast(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match='x must have 3 channels'):
+        fast(torch.zeros(1, 1, 8, 8))
+    with pytest.raises(ValueError, match='cannot be trained'):
+        fast.train()
+    with pytest.raises(RuntimeError, match='cannot load weights'):
+        fast.load_state_dict({})
+
+
+def test_timm_sees_the_config():
+    fast = optimize_for_inference(small_resnet(), compile=False)
+    assert timm.data.resolve_model_data_config(fast)['input_size'] == (3, 32, 32)
