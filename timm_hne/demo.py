@@ -57,7 +57,7 @@ def measure(model: HierarchicalEnsemble) -> list[dict[str, Any]]:
         For n = 1, 2, 4, ..., N the metrics of `evaluate` and `latency_ms`, the median for one image on this machine.
     """
     digits = ImageSubset(DigitsDataset(train=False), None, 'error', training=False)
-    loader = MemoryLoader(*load_into_memory(digits, IMG_SIZE), batch_size=120, mean=MEAN, std=STD)
+    loader = MemoryLoader(*load_into_memory(digits, IMG_SIZE, resize=True), batch_size=120, mean=MEAN, std=STD)
     rows = {row['num_members']: row for row in evaluate(model, loader)['members']}
     image = next(iter(loader))[0][:1]
     with torch.inference_mode():

@@ -1,0 +1,60 @@
+"""The demo, with as little training as possible; what two minutes of it reach stands in README."""
+import json
+
+import pytest
+import timm
+import torch
+
+from timm_hne import demo
+from timm_hne.__main__ import main
+
+
+@pytest.fixture
+def short_demo(monkeypatch):
+    """A demo that trains for one short epoch, on a tree of two members."""
+    create_config = demo.demo_config
+
+    def demo_config(output_dir):
+        config = create_config(output_dir)
+        config.epochs, config.warmup_epochs, config.max_train_images = 1, 0, 96
+        return config
+
+    monkeypatch.setattr(demo, 'demo_config', demo_config)
+
+
+def test_demo_leaves_all_it_names(short_demo, tmp_path, capsys):
+    main(['demo', '--output', str(tmp_path)])
+    output = capsys.readouterr().out
+    for name in ('model.safetensors', 'accuracy.png', 'results.json', 'summary.csv'):
+        assert str(tmp_path / name) in output
+        assert (tmp_path / name).stat().st_size > 0
+    assert not list(tmp_path.glob('*.tmp'))
+    rows = json.loads((tmp_path / 'results.json').read_text())
+    assert [row['num_members'] for row in rows] == [1, 2, 4, 8, 16]
+    assert all(0 <= row['top1'] <= 100 and row['macs'] > 0 and row['latency_ms'] > 0 for row in rows)
+    assert f'{rows[0]["top1"]:.2f}%' in output
+
+    model = timm.create_model(
+        demo.MODEL, num_classes=10, in_chans=1, checkpoint_path=str(tmp_path / 'model.safetensors')).eval()
+    digit = torch.rand(1, 1, demo.IMG_SIZE, demo.IMG_SIZE)
+    assert model(digit, num_members=3).shape == (1, 10)
+
+
+@pytest.mark.parametrize('stage', ['save_file', 'plot'])
+def test_interrupted_demo_leaves_no_half_written_file(short_demo, stage, tmp_path, monkeypatch, capsys):
+    real = getattr(demo, stage)
+
+    def interrupted(*args):
+        args[1].write_bytes(b'half of it')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, stage, interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        main(['demo', '--output', str(tmp_path)])
+    assert exit_info.value.code == 130
+    assert 'interrupted' in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if path.read_bytes() == b'half of it']
+
+    monkeypatch.setattr(demo, stage, real)
+    main(['demo', '--output', str(tmp_path)])  # goes on where it was
+    assert (tmp_path / 'accuracy.png').read_bytes().startswith(b'\x89PNG')
