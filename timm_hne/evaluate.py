@@ -279,7 +279,8 @@ def run(args: argparse.Namespace) -> None:
         persistent_workers=False,
         device=device,
     )
-    measured = evaluate(model.to(device), loader, torch.bfloat16 if args.amp else None, progress=True)
+    model = model.to(device, memory_format=torch.channels_last)
+    measured = evaluate(model, loader, torch.bfloat16 if args.amp else None, progress=True)
 
     objective = config.get('objective') or config.get('hne_objective')
     distilled = objective is not None and 'codistillation' in objective
