@@ -102,7 +102,7 @@ def safetensors_bytes(state_dict):
 # The right weights
 
 
-def test_from_the_hub(published, model):
+def test_from_the_hub(published, model, tmp_path):
     loaded = load()
     assert_same(loaded, model)
     assert loaded.nodes == NODES
@@ -111,6 +111,8 @@ def test_from_the_hub(published, model):
     requests = len(published.log)
     assert_same(load(), model)
     assert not any('GET' in line for line in published.log[requests:])
+    assert_same(load(cache_dir=tmp_path / 'elsewhere'), model)
+    assert list((tmp_path / 'elsewhere').rglob('model.safetensors'))
 
 
 def test_from_a_revision(hub, files, model):

@@ -111,7 +111,7 @@ def _available() -> str:
 def _read_weights(cfg: PretrainedCfg, cache_dir: str | PathLike | None) -> dict[str, torch.Tensor]:
     """Return the tensors that a cfg names, after the digest of their file was checked."""
     if cfg.source == 'hf-hub':
-        return _parse(_fetch(cfg.hf_hub_id, (CONFIG_NAME, WEIGHTS_NAME), cache_dir)[-1], cfg.hf_hub_id)
+        return _parse(_fetch(cfg.hf_hub_id, (CONFIG_NAME, WEIGHTS_NAME), cache_dir)[WEIGHTS_NAME], cfg.hf_hub_id)
     if cfg.source == 'local-dir':
         return _read_file(Path(cfg.file) / WEIGHTS_NAME)
     if cfg.state_dict:
@@ -119,7 +119,8 @@ def _read_weights(cfg: PretrainedCfg, cache_dir: str | PathLike | None) -> dict[
     if cfg.file:
         return _read_file(Path(cfg.file))
     if cfg.hf_hub_id:
-        return _parse(_fetch(cfg.hf_hub_id, (cfg.hf_hub_filename or WEIGHTS_NAME,), cache_dir)[-1], cfg.hf_hub_id)
+        name = cfg.hf_hub_filename or WEIGHTS_NAME
+        return _parse(_fetch(cfg.hf_hub_id, (name,), cache_dir)[name], cfg.hf_hub_id)
     name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
     raise RuntimeError(f'{name} has no pretrained weights. {_available()}')
 
@@ -147,7 +148,7 @@ def read_digests(path: str | PathLike) -> dict[str, str]:
         The digest of each file name.
     """
     lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
-    return {name: digest for digest, _, name in (line.partition('  ') for line in lines)}
+    return {name: sha256 for sha256, _, name in (line.partition('  ') for line in lines)}
 
 
 def digest(data: bytes) -> str:
@@ -177,7 +178,32 @@ def _download(repo_id: str, filename: str, revision: str | None, cache_dir: str 
         raise OSError(f'{filename} of {repo_id} is not in the cache and its download failed: {error}') from error
 
 
-def _fetch(model_id: str, filenames: tuple[str, ...], cache_dir: str | PathLike | None) -> list[bytes]:
+def _locate(
+        model_id: str,
+        filenames: tuple[str, ...],
+        cache_dir: str | PathLike | None,
+) -> tuple[dict[str, str | None], dict[str, Path]]:
+    """Return the recorded digests and the cached paths of files of a Hub repository, all of one commit."""
+    repo_id, _, revision = model_id.partition('@')
+    revision = revision or None
+    own = read_digests(PACKAGED / DIGESTS_NAME) if (PACKAGED / DIGESTS_NAME).exists() else {}
+    digests = {name: own.get(f'{model_id}/{name}') for name in filenames}
+    paths = {}
+    if None in digests.values():
+        try:
+            paths[DIGESTS_NAME] = _download(repo_id, DIGESTS_NAME, revision, cache_dir)
+        except RemoteEntryNotFoundError as error:
+            raise RuntimeError(
+                f'{repo_id} has no file {DIGESTS_NAME}, so its weights cannot be checked. '
+                '`timm-hne publish` writes one.') from error
+        digests = read_digests(paths[DIGESTS_NAME])
+        revision = paths[DIGESTS_NAME].parent.name
+    for name in filenames:
+        paths[name] = _download(repo_id, name, revision, cache_dir)
+    return digests, paths
+
+
+def _fetch(model_id: str, filenames: tuple[str, ...], cache_dir: str | PathLike | None) -> dict[str, bytes]:
     """Return files of a Hub repository after comparing them with the recorded digests.
 
     Files that differ leave the cache and are downloaded once more.
@@ -187,37 +213,24 @@ def _fetch(model_id: str, filenames: tuple[str, ...], cache_dir: str | PathLike 
         filenames: Files of the repository.
         cache_dir: Cache of the Hugging Face client, its own choice if None.
     """
-    repo_id, _, wanted = model_id.partition('@')
-    own = read_digests(PACKAGED / DIGESTS_NAME) if (PACKAGED / DIGESTS_NAME).exists() else {}
-    recorded = {name: own.get(f'{model_id}/{name}') for name in filenames}
-    attempts: list[list[bytes]] = []
-    while True:
-        revision, digests, paths = wanted or None, recorded, []
-        if None in recorded.values():
-            try:
-                paths.append(_download(repo_id, DIGESTS_NAME, revision, cache_dir))
-            except RemoteEntryNotFoundError as error:
-                raise RuntimeError(
-                    f'{repo_id} has no file {DIGESTS_NAME}, so its weights cannot be checked. '
-                    '`timm-hne publish` writes one.') from error
-            revision = paths[0].parent.name  # the commit: all files must come from the same one
-            digests = read_digests(paths[0])
-        files = [_download(repo_id, name, revision, cache_dir) for name in filenames]
-        attempts.append([file.read_bytes() for file in files])
-        wrong = [(file, data) for file, data in zip(files, attempts[-1]) if digest(data) != digests.get(file.name)]
+    before: dict[str, bytes] = {}
+    for _ in range(2):
+        digests, paths = _locate(model_id, filenames, cache_dir)
+        files = {name: paths[name].read_bytes() for name in filenames}
+        wrong = [name for name in filenames if digest(files[name]) != digests.get(name)]
         if not wrong:
             break
-        for path in (*paths, *(file for file, _ in wrong)):
+        _logger.warning(f'{" and ".join(wrong)} of {model_id} differ from the recorded digests and leave the cache.')
+        for path in (paths[name] for name in (DIGESTS_NAME, *wrong) if name in paths):
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-        name, data = wrong[0][0].name, wrong[0][1]
-        if len(attempts) == 2:
-            _check(f'{name} of {model_id}', data, digests.get(name))
-        _logger.warning(f'{name} of {model_id} differs from its recorded digest, downloading it again.')
-    if CONFIG_NAME in filenames and attempts[0][0] != attempts[-1][0]:
+        before = files
+    else:
+        _check(f'{wrong[0]} of {model_id}', files[wrong[0]], digests.get(wrong[0]))
+    if before and before.get(CONFIG_NAME) != files.get(CONFIG_NAME):
         # timm has built its arguments from the damaged file by now
         raise DigestError(f'{CONFIG_NAME} of {model_id} was damaged in the cache and has been replaced, load it again.')
-    return attempts[-1]
+    return files
 
 
 # What fits a model

@@ -247,7 +247,7 @@ def render_card(config: Mapping[str, Any], source: str, results: Mapping[str, An
     card_data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
-        license=cfg['license'],
+        license=cfg.get('license'),
         datasets=[results['data']],
         metrics=['accuracy'],
         tags=['image-classification', 'timm', 'ensemble', 'adaptive-inference'],
@@ -260,7 +260,6 @@ def render_card(config: Mapping[str, Any], source: str, results: Mapping[str, An
         name=name,
         source=source,
         architecture=config['architecture'],
-        origin_url=cfg['origin_url'],
         num_classes=config['num_classes'],
         label_names=config.get('label_names'),
         input_size=cfg['input_size'],
