@@ -176,6 +176,15 @@ def test_the_name_belongs_to_something_else(alice, model):
     assert alice.commits('alice/net') == ['Add files']
 
 
+def test_the_folder_belongs_to_something_else(alice, model):
+    Path('net').mkdir()
+    Path('net/README.md').write_text('mine')
+    with pytest.raises(ValueError, match='folder must be new or one that was written before, but net holds'):
+        send(model)
+    assert [path.read_text() for path in Path('net').iterdir()] == ['mine']
+    assert not alice.log
+
+
 def test_offline(alice, model, quick, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     with pytest.raises(OSError, match='offline mode is enabled'):

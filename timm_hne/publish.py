@@ -165,6 +165,8 @@ def write_folder(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (folder / DIGESTS_NAME).exists():
+        raise ValueError(f'folder must be new or one that was written before, but {folder} holds something else.')
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary)
         model_config = dict(label_names=label_names) if label_names else None
