@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         args.run(args)
+    except ImportError as error:
+        extras = "pip install 'timm-hne[demo,plots,export]'"
+        parser.exit(1, f'timm-hne {args.command}: {error}. Optional packages come with {extras}.\n')
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         parser.exit(1, f'timm-hne {args.command}: {error}\n')
     except KeyboardInterrupt:
