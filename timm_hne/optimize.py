@@ -197,6 +197,14 @@ class OptimizedEnsemble(nn.Module):
         """Refuse: the weights are part of compiled programs."""
         raise RuntimeError('An optimised model cannot load weights; load them into the original and optimise that.')
 
+    def uncompiled(self) -> HierarchicalEnsemble:
+        """Return a copy of the folded model with all convolutions as such, for tools that read or trace it."""
+        model = copy.deepcopy(self.model)
+        for module in model.modules():
+            if isinstance(module, FoldedConv):
+                module.formulations = {}
+        return model
+
     @property
     def num_members(self) -> int:
         """Number of members that are evaluated unless the call says otherwise."""

@@ -1,0 +1,376 @@
+"""The adaptive runner: its policy in simulated time, and the exactly-once promise with a model that obeys the test."""
+import random
+import statistics
+import threading
+from concurrent.futures import CancelledError, wait
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_inference import images, small_resnet
+
+import timm_hne
+from timm_hne import runner as runner_module
+from timm_hne.runner import AdaptiveRunner, MemberPolicy, Overloaded, ShutDown
+
+TIMEOUT = 60  # seconds after which a test that hangs fails; nothing is asserted about time itself
+
+SECONDS = {n: {size: 0.001 * (2 + 0.5 * size * n) for size in (1, 2, 4, 8)} for n in (1, 2, 4)}
+
+
+# Policy.
+
+@pytest.mark.parametrize('batch_size, waiting, oldest_age, arrival_rate, expected', [
+    (1, 0, 0., 0., 4),  # 4 ms
+    (1, 0, 0.0765, 0., 2),  # 80 ms may be planned with: 4 ms are too many, 3 ms are not
+    (1, 0, 0.0775, 0., 1),  # neither fits
+    (1, 0, 9., 0., 1),
+    (8, 0, 0., 0., 4),  # 18 ms
+    (8, 24, 0., 0., 4),  # four times 18 ms
+    (8, 32, 0., 0., 2),  # five times 18 ms are too many, five times 10 ms are not
+    (8, 64, 0., 0., 1),
+    (8, 0, 0., 1600., 2),  # 29 arrive in 18 ms, which take four batches more; 16 in 10 ms take two
+    (3, 0, 0., 0., 4),
+])
+def test_policy_by_hand(batch_size, waiting, oldest_age, arrival_rate, expected):
+    assert MemberPolicy(0.1, SECONDS).choose(batch_size, waiting, oldest_age, arrival_rate) == expected
+
+
+def test_policy_counts_a_batch_as_the_next_larger_measured_one():
+    policy = MemberPolicy(0.1, SECONDS)
+    assert [policy.expected(2, size) for size in (1, 2, 3, 5, 8)] == [SECONDS[2][size] for size in (1, 2, 4, 8, 8)]
+
+
+def test_policy_learns_that_the_machine_became_slower_and_faster_again():
+    policy = MemberPolicy(0.1, SECONDS)
+    for _ in range(30):
+        policy.record(4, 8, 3 * SECONDS[4][8])
+    assert policy.slowdown == pytest.approx(3, rel=0.01)
+    assert policy.choose(8, 8, 0., 0.) == 2
+    for _ in range(30):
+        policy.record(1, 1, SECONDS[1][1])
+    assert policy.slowdown == pytest.approx(1, rel=0.01)
+    assert policy.choose(8, 8, 0., 0.) == 4
+
+
+def simulate(policy, arrivals, seconds, max_batch_size=8):
+    """Serve arrivals in simulated time; return latencies and numbers of members, in the order of arrival."""
+    latencies, members, now, served = [], [], 0., 0
+    while served < len(arrivals):
+        now = max(now, arrivals[served])
+        queued = sum(arrival <= now for arrival in arrivals[served:])
+        batch = min(queued, max_batch_size)
+        recent = sum(now - policy.latency_target <= arrival <= now for arrival in arrivals)
+        n = policy.choose(batch, queued - batch, now - arrivals[served], recent / policy.latency_target)
+        now += seconds[n][next(size for size in sorted(seconds[n]) if size >= batch)]
+        latencies += [now - arrival for arrival in arrivals[served:served + batch]]
+        members += [n] * batch
+        served += batch
+    return latencies, members
+
+
+def test_policy_holds_the_target_through_a_surge():
+    generator, arrivals, now = random.Random(0), [], 0.
+    for rate, duration in ((50, 2), (1000, 1), (50, 2)):
+        end = now + duration
+        while now < end:
+            now += generator.expovariate(rate)
+            arrivals.append(now)
+    latencies, members = simulate(MemberPolicy(0.1, SECONDS), arrivals, SECONDS)
+    percentile = statistics.quantiles(latencies, n=100)[98]
+    assert percentile <= 0.1
+    assert statistics.mean(members[:80]) == 4 and statistics.mean(members[-80:]) == 4
+    surge = [n for n, arrival in zip(members, arrivals) if 2.2 < arrival < 2.9]
+    assert 1 <= statistics.mean(surge) < 2.5
+    # A fixed number of members misses the target by far.
+    latencies, _ = simulate(MemberPolicy(0.1, {4: SECONDS[4]}), arrivals, SECONDS)
+    assert statistics.quantiles(latencies, n=100)[98] > 0.5
+
+
+# Runner.
+
+class Gate(torch.nn.Module):
+    """A model whose answers say which image was asked for, with how many members; it waits where the test tells it."""
+    ensemble_size, num_classes, in_chans = 4, 2, 3
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.pretrained_cfg = {'input_size': (3, 2, 2)}
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Semaphore(0)
+        self.error = None
+        self.batches = []
+        self.eval()
+
+    def forward(self, x, num_members):
+        self.batches.append((len(x), num_members))
+        self.entered.release()
+        assert self.open.wait(TIMEOUT)
+        if self.error is not None:
+            raise self.error
+        return torch.stack([x[:, 0, 0, 0], torch.full((len(x),), float(num_members))], dim=1)
+
+
+def image(value):
+    return torch.full((3, 2, 2), float(value))
+
+
+@pytest.fixture
+def gate():
+    return Gate()
+
+
+@pytest.fixture
+def runner(gate):
+    with AdaptiveRunner(gate, latency_target=100., max_batch_size=4, max_queue=6) as runner:
+        gate.batches.clear()
+        while gate.entered.acquire(blocking=False):
+            continue  # what the warm-up left
+        yield runner
+        gate.open.set()
+
+
+def block(gate, runner):
+    """Keep the worker busy with one request; return its future."""
+    gate.open.clear()
+    future = runner.submit(image(-1))
+    assert gate.entered.acquire(timeout=TIMEOUT)
+    return future
+
+
+def assert_consistent(stats, waiting=0):
+    total = stats.answered + stats.rejected + stats.failed + stats.cancelled + waiting
+    assert stats.submitted == total
+
+
+def test_answers_belong_to_their_requests(gate, runner):
+    first = block(gate, runner)
+    futures = [runner.submit(image(i)) for i in range(6)]
+    gate.open.set()
+    for i, future in enumerate([first, *futures], start=-1):
+        answer = future.result(TIMEOUT)
+        assert answer.logits[0] == i and answer.logits[1] == answer.num_members == 4
+    assert [size for size, _ in gate.batches] == [1, 4, 2]
+    runner.shutdown()
+    assert (runner.stats.submitted, runner.stats.answered, runner.stats.members) == (7, 7, 28)
+
+
+def test_a_full_queue_rejects(gate, runner):
+    futures = [block(gate, runner), *(runner.submit(image(i)) for i in range(6))]
+    for _ in range(3):
+        with pytest.raises(Overloaded, match='max_queue=6 requests are waiting'):
+            runner.submit(image(0))
+    gate.open.set()
+    wait(futures, TIMEOUT)
+    runner.submit(image(0)).result(TIMEOUT)
+    runner.shutdown()
+    assert (runner.stats.answered, runner.stats.rejected) == (8, 3)
+    assert_consistent(runner.stats)
+
+
+def test_a_model_that_raises_fails_its_batch_only(gate, runner):
+    first = block(gate, runner)
+    futures = [runner.submit(image(i)) for i in range(4)]
+    gate.error = ArithmeticError('broken')
+    gate.open.set()
+    for future in (first, *futures):
+        with pytest.raises(ArithmeticError, match='broken'):
+            future.result(TIMEOUT)
+    gate.error = None
+    assert runner.submit(image(3)).result(TIMEOUT).logits[0] == 3
+    runner.shutdown()
+    assert (runner.stats.failed, runner.stats.answered) == (5, 1)
+    assert_consistent(runner.stats)
+
+
+def test_even_an_exit_inside_the_model_answers(gate, runner):
+    gate.error = SystemExit(1)
+    with pytest.raises(SystemExit):
+        runner.submit(image(0)).result(TIMEOUT)
+    gate.error = None
+    assert runner.submit(image(1)).result(TIMEOUT).logits[0] == 1
+
+
+def test_shutdown_answers_what_waits(gate, runner):
+    futures = [block(gate, runner), *(runner.submit(image(i)) for i in range(5))]
+    runner.shutdown(wait=False)
+    with pytest.raises(ShutDown, match='has been shut down'):
+        runner.submit(image(0))
+    gate.open.set()
+    runner.shutdown()
+    assert all(future.done() for future in futures)
+    assert [future.result().logits[0].item() for future in futures] == [-1, 0, 1, 2, 3, 4]
+    runner.shutdown()
+    assert (runner.stats.answered, runner.stats.submitted) == (6, 6)
+
+
+def test_shutdown_without_draining_rejects_what_waits(gate, runner):
+    first = block(gate, runner)
+    futures = [runner.submit(image(i)) for i in range(5)]
+    runner.shutdown(drain=False, wait=False)
+    for future in futures:
+        with pytest.raises(ShutDown, match='before the request was answered'):
+            future.result(TIMEOUT)
+    gate.open.set()
+    assert first.result(TIMEOUT).logits[0] == -1
+    runner.shutdown()
+    assert (runner.stats.answered, runner.stats.rejected) == (1, 5)
+    assert_consistent(runner.stats)
+
+
+def test_a_cancelled_request_is_not_computed(gate, runner):
+    first = block(gate, runner)
+    futures = [runner.submit(image(i)) for i in range(3)]
+    assert futures[1].cancel()
+    gate.open.set()
+    wait([first, *futures], TIMEOUT)
+    with pytest.raises(CancelledError):
+        futures[1].result()
+    assert gate.batches[1][0] == 2
+    runner.shutdown()
+    assert (runner.stats.answered, runner.stats.cancelled) == (3, 1)
+    assert_consistent(runner.stats)
+
+
+def test_a_callback_may_submit_and_shut_down(gate, runner):
+    second = []
+
+    def done(future):
+        second.append(runner.submit(image(7)))
+        runner.shutdown()
+
+    first = block(gate, runner)
+    first.add_done_callback(done)
+    gate.open.set()
+    first.result(TIMEOUT)
+    runner._worker.join(TIMEOUT)
+    assert not runner._worker.is_alive()
+    assert second[0].result(TIMEOUT).logits[0] == 7
+
+
+@pytest.mark.parametrize('drain', [True, False])
+def test_many_threads_and_a_shutdown_among_them(gate, drain):
+    runner = AdaptiveRunner(gate, latency_target=1., max_batch_size=4, max_queue=8)
+    outcomes, lock, start = [], threading.Lock(), threading.Barrier(9)
+
+    def client(number):
+        start.wait(TIMEOUT)
+        for i in range(50):
+            value = number * 100 + i
+            try:
+                future = runner.submit(image(value))
+                outcome = 'answered' if future.result(TIMEOUT).logits[0] == value else 'wrong'
+            except Overloaded:
+                outcome = 'rejected'
+            except ShutDown:
+                outcome = 'shut down'
+            with lock:
+                outcomes.append(outcome)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    start.wait(TIMEOUT)
+    while len(outcomes) < 100:
+        threading.Event().wait(0.001)
+    runner.shutdown(drain=drain)
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert len(outcomes) == 400 and 'wrong' not in outcomes
+    assert outcomes.count('answered') == runner.stats.answered
+    assert_consistent(runner.stats)
+
+
+def test_fewer_members_when_the_queue_is_old(gate, monkeypatch):
+    clock = SimpleNamespace(now=0.)
+    monkeypatch.setattr(runner_module, '_clock', lambda: clock.now)
+    original = Gate.forward
+
+    def forward(self, x, num_members):
+        result = original(self, x, num_members)
+        clock.now += SECONDS[num_members][{1: 1, 2: 2, 3: 4, 4: 4}[len(x)]]
+        return result
+
+    monkeypatch.setattr(Gate, 'forward', forward)
+    with AdaptiveRunner(gate, latency_target=0.1, max_batch_size=4, min_members=1) as runner:
+        assert runner.policy.seconds == {
+            n: {size: pytest.approx(SECONDS[n][size]) for size in (1, 2, 4)} for n in (1, 2, 4)}
+        assert runner.submit(image(0)).result(TIMEOUT).num_members == 4
+        while gate.entered.acquire(blocking=False):
+            continue
+        first = block(gate, runner)
+        futures = [runner.submit(image(i)) for i in range(4)]
+        clock.now += 0.079  # a hiccup: the four have waited for long when they are served
+        gate.open.set()
+        assert first.result(TIMEOUT).num_members == 4
+        assert [future.result(TIMEOUT).num_members for future in futures] == [1] * 4
+
+
+@pytest.mark.parametrize('bounds, schedule', [
+    (dict(), (1, 2, 4)),
+    (dict(min_members=2), (2, 4)),
+    (dict(max_members=3), (1, 2, 3)),
+    (dict(min_members=3, max_members=3), (3,)),
+    (dict(min_members=2, schedule=(2, 3)), (2, 3)),
+])
+def test_floor_and_ceiling(gate, bounds, schedule):
+    with AdaptiveRunner(gate, latency_target=1e-9, max_batch_size=1, **bounds) as runner:
+        assert runner.schedule == schedule
+        # The target cannot be met, so the floor it is.
+        assert runner.submit(image(0)).result(TIMEOUT).num_members == schedule[0]
+    with AdaptiveRunner(gate, latency_target=1e9, max_batch_size=1, **bounds) as runner:
+        assert runner.submit(image(0)).result(TIMEOUT).num_members == schedule[-1]
+
+
+def test_a_real_model():
+    model, x = small_resnet(), images(5)
+    with AdaptiveRunner(model, latency_target=100., input_size=(3, 8, 8), max_batch_size=2, warmup_repeats=1) as runner:
+        answers = [future.result(TIMEOUT) for future in [runner.submit(one) for one in x.double()]]
+    logits = torch.stack([answer.logits for answer in answers])
+    torch.testing.assert_close(logits, model(x).detach(), rtol=1e-4, atol=1e-4)
+    assert not answers[0].logits.requires_grad
+
+
+@pytest.mark.parametrize('kwargs, error, words', [
+    (dict(latency_target=0.), ValueError, 'latency_target must be positive'),
+    (dict(latency_target=float('nan')), ValueError, 'latency_target must be positive'),
+    (dict(latency_target='1'), TypeError, 'latency_target'),
+    (dict(max_batch_size=0), ValueError, 'max_batch_size must be at least 1'),
+    (dict(max_queue=0), ValueError, 'max_queue must be at least 1'),
+    (dict(max_queue=1.5), TypeError, 'max_queue must be an integer'),
+    (dict(min_members=0), ValueError, 'min_members: .* from 1 to 4, got 0'),
+    (dict(max_members=5), ValueError, 'max_members: .* from 1 to 4, got 5'),
+    (dict(min_members=3, max_members=2), ValueError, 'min_members must be at most max_members'),
+    (dict(schedule=()), ValueError, 'at least one'),
+    (dict(schedule=(2, 1)), ValueError, 'must increase'),
+    (dict(min_members=2, schedule=(1, 2)), ValueError, 'within 2 to 4'),
+    (dict(input_size=(1, 2, 2)), ValueError, 'input_size'),
+])
+def test_runner_refuses(gate, kwargs, error, words):
+    before = threading.active_count()
+    with pytest.raises(error, match=words):
+        AdaptiveRunner(gate, **{'latency_target': 1., **kwargs})
+    assert threading.active_count() == before
+
+
+def test_a_model_in_training_mode_is_refused(gate):
+    with pytest.raises(ValueError, match='training mode'):
+        AdaptiveRunner(gate.train(), 1.)
+
+
+@pytest.mark.parametrize('request_, error, words', [
+    (torch.zeros(3, 3, 2), ValueError, r'image must be of shape \(3, 2, 2\), got \(3, 3, 2\)'),
+    (torch.zeros(1, 3, 2, 2), ValueError, 'image must be of shape'),
+    (torch.zeros(3, 2, 2, dtype=torch.uint8), TypeError, 'image must be a floating point tensor, got torch.uint8'),
+    ('image', TypeError, 'got str'),
+])
+def test_submit_refuses(runner, request_, error, words):
+    with pytest.raises(error, match=words):
+        runner.submit(request_)
+    assert runner.stats.submitted == 0
+
+
+def test_public_name():
+    assert timm_hne.AdaptiveRunner is AdaptiveRunner

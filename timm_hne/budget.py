@@ -1,0 +1,248 @@
+"""What n members cost in time on the machine at hand, and how many fit in a budget."""
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from .cost import member_macs
+from .ensemble import HierarchicalEnsemble
+from .inference import check_ready, validate_schedule
+from .optimize import OptimizedEnsemble, optimize_for_inference
+from .version import __version__
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Describe what latencies depend on: the hardware and the versions."""
+    if device.type == 'cuda':
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = platform.processor() or platform.machine()
+        cpuinfo = Path('/proc/cpuinfo')
+        if cpuinfo.exists():
+            names = [line.split(':', 1)[1].strip() for line in cpuinfo.read_text().splitlines() if 'model name' in line]
+            hardware = names[0] if names else hardware
+        hardware += f', {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
+    return {'device': device.type, 'hardware': hardware, 'torch': torch.__version__, 'timm_hne': __version__}
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Median latencies of a model on one machine.
+
+    Attributes:
+        nodes: Number of nodes of each block of the model.
+        input_size: Channels, height and width of the images.
+        dtype: Type that was computed in, e.g. 'float32'.
+        environment: Hardware and versions that the latencies hold for.
+        macs: MACs of one image, per number of members.
+        latency_ms: Milliseconds of one batch, per batch size, then per number of members.
+    """
+    nodes: tuple[int, ...]
+    input_size: tuple[int, int, int]
+    dtype: str
+    environment: dict[str, str]
+    macs: dict[int, int]
+    latency_ms: dict[int, dict[int, float]]
+
+    @classmethod
+    def measure(
+            cls,
+            model: HierarchicalEnsemble | OptimizedEnsemble,
+            input_size: tuple[int, int, int] | None = None,
+            batch_sizes: Sequence[int] = (1, 32),
+            device: torch.device | str | None = None,
+            num_members: Sequence[int] | None = None,
+            repeats: int = 15,
+    ) -> 'LatencyTable':
+        """Time a model: for every batch size all numbers of members in turn, `repeats` times.
+
+        Args:
+            model: Any `hne_*` model in evaluation mode, or what `optimize_for_inference` returned.
+            input_size: Channels, height and width; the model's own if None.
+            batch_sizes: Numbers of images of a batch.
+            device: Where to measure; the model is moved there. Where it is if None.
+            num_members: Increasing numbers of members; 1, 2, 4, ..., N if None.
+            repeats: Number of timed rounds.
+
+        Raises:
+            TypeError: `num_members` is not a sequence of integers.
+            ValueError: An argument is out of range, or the model is in training mode or has no classifier.
+        """
+        check_ready(model)
+        num_members = validate_schedule(num_members, model.ensemble_size)
+        batch_sizes = tuple(batch_sizes)
+        if not batch_sizes or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in batch_sizes):
+            raise ValueError(f'batch_sizes must be positive integers, at least one, got {batch_sizes}.')
+        if repeats < 1:
+            raise ValueError(f'repeats must be at least 1, got {repeats}.')
+        input_size = tuple(model.pretrained_cfg['input_size'] if input_size is None else input_size)
+        if len(input_size) != 3 or input_size[0] != model.in_chans or min(input_size) < 1:
+            raise ValueError(f'input_size must be ({model.in_chans}, height, width) in pixels, got {input_size}.')
+        if device is not None:
+            model = model.to(device)
+        weight = next(model.parameters())
+        plain = model.uncompiled() if isinstance(model, OptimizedEnsemble) else model
+        macs = member_macs(plain, input_size[1:])
+        image_dtype = model.output_dtype if isinstance(model, OptimizedEnsemble) else weight.dtype
+        latency_ms: dict[int, dict[int, float]] = {}
+        for batch_size in batch_sizes:
+            x = torch.randn(batch_size, *input_size, device=weight.device, dtype=image_dtype)
+            seconds: dict[int, list[float]] = {n: [] for n in num_members}
+            with torch.no_grad():
+                for repeat in range(-2, repeats):
+                    for n in num_members:
+                        begin = time.perf_counter()
+                        model(x, num_members=n)
+                        if weight.is_cuda:
+                            torch.cuda.synchronize(weight.device)
+                        if repeat >= 0:
+                            seconds[n].append(time.perf_counter() - begin)
+            latency_ms[batch_size] = {n: 1000 * statistics.median(times) for n, times in seconds.items()}
+        return cls(
+            nodes=tuple(model.nodes),
+            input_size=input_size,
+            dtype=str(weight.dtype).removeprefix('torch.'),
+            environment=environment(weight.device),
+            macs={n: macs[n] for n in num_members},
+            latency_ms=latency_ms,
+        )
+
+    def members_for(
+            self,
+            latency_ms: float | None = None,
+            batch_size: int = 1,
+            macs: float | None = None,
+            input_size: Sequence[int] | None = None,
+    ) -> int:
+        """Return the largest number of members that fits in a budget.
+
+        Args:
+            latency_ms: Milliseconds a batch may take.
+            batch_size: Number of images of the batch. Between two that were measured the larger counts.
+            macs: MACs an image may take, instead of `latency_ms`.
+            input_size: Channels, height and width of the images, to make sure that the table is about such images.
+
+        Raises:
+            ValueError: Not exactly one of `latency_ms` and `macs` is given, not even the fewest members fit,
+                `batch_size` exceeds what was measured, or `input_size` is not the table's.
+        """
+        if (latency_ms is None) == (macs is None):
+            raise ValueError(f'exactly one of latency_ms and macs must be given, got {latency_ms!r} and {macs!r}.')
+        if input_size is not None and tuple(input_size) != self.input_size:
+            raise ValueError(f'input_size must be that of the table, {self.input_size}, got {tuple(input_size)}.')
+        name, budget, costs = 'macs', macs, self.macs
+        if latency_ms is not None:
+            measured = [size for size in self.latency_ms if size >= batch_size]
+            if batch_size < 1 or not measured:
+                raise ValueError(f'batch_size must be from 1 to {max(self.latency_ms)}, got {batch_size}.')
+            name, budget, costs = 'latency_ms', latency_ms, self.latency_ms[min(measured)]
+        fitting = [n for n, cost in costs.items() if cost <= budget]
+        if not fitting:
+            raise ValueError(f'{name} must be at least {min(costs.values()):.6g}, got {budget}.')
+        return max(fitting)
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON, under a temporary name first."""
+        path = Path(path)
+        temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+        try:
+            temporary.write_text(json.dumps(vars(self), indent=2) + '\n')
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, other_hardware: bool = False) -> 'LatencyTable':
+        """Read a table.
+
+        Args:
+            path: A file that `save` wrote.
+            other_hardware: Accept a table that was measured on other hardware or with other versions.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: The file is no table, or one of other hardware or versions.
+        """
+        try:
+            values: dict[str, Any] = json.loads(Path(path).read_text())
+            table = cls(
+                nodes=tuple(values['nodes']),
+                input_size=tuple(values['input_size']),
+                dtype=values['dtype'],
+                environment=dict(values['environment']),
+                macs={int(n): macs for n, macs in values['macs'].items()},
+                latency_ms={
+                    int(size): {int(n): ms for n, ms in row.items()} for size, row in values['latency_ms'].items()
+                },
+            )
+            device = torch.device(table.environment['device'])
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f'path must be a latency table, {path} is none: {error!r}.') from error
+        if not other_hardware:
+            available = device.type == 'cpu' or torch.cuda.is_available()
+            here = environment(device) if available else {'device': 'cpu'}
+            other = {key: value for key, value in table.environment.items() if here.get(key) != value}
+            if other:
+                raise ValueError(
+                    f'path must be a table of this machine unless other_hardware=True; {path} was measured with '
+                    f'{other}, here it is {({key: here.get(key) for key in other})}.')
+        return table
+
+    def __str__(self) -> str:
+        lines = [f'{", ".join(self.environment.values())}; {self.dtype}, input {self.input_size}, nodes {self.nodes}']
+        sizes = ''.join(f'  {f"batch {size} [ms]":>14}  {"ratio":>6}' for size in self.latency_ms)
+        lines.append(f'{"members":>7}  {"MACs":>14}  {"ratio":>6}{sizes}')
+        first = min(self.macs)
+        for n, macs in self.macs.items():
+            cells = ''.join(f'  {row[n]:>14.2f}  {row[n] / row[first]:>6.2f}' for row in self.latency_ms.values())
+            lines.append(f'{n:>7}  {macs:>14,}  {macs / self.macs[first]:>6.2f}{cells}')
+        return '\n'.join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('name', help='a registered model, e.g. hne_resnet50_c16')
+    parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='height and width, or one for both')
+    parser.add_argument('--num-classes', type=int)
+    parser.add_argument('--nodes', type=int, nargs='+', help='nodes of each block')
+    parser.add_argument('--num-members', type=int, nargs='+', help='numbers of members; 1, 2, 4, ..., N by default')
+    parser.add_argument('--batch-size', type=int, nargs='+', default=[1, 32])
+    parser.add_argument('--repeats', type=int, default=15)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32')
+    parser.add_argument('--mode', choices=['compiled', 'folded', 'original'], default='compiled',
+                        help='optimised and compiled; optimised only; or the model as it is')
+    parser.add_argument('--output', metavar='PATH', help='NAME-latency.json by default')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure a latency table, print it and save it."""
+    kwargs = {'num_classes': args.num_classes, 'nodes': args.nodes}
+    model = timm.create_model(args.name, **{key: value for key, value in kwargs.items() if value is not None}).eval()
+    if not isinstance(model, HierarchicalEnsemble):
+        raise ValueError(f'name must be one of {timm.list_models("hne_*")}, got {args.name!r}.')
+    input_size = model.pretrained_cfg['input_size']
+    if args.img_size is not None:
+        if len(args.img_size) > 2:
+            raise ValueError(f'img_size must be one or two numbers of pixels, got {args.img_size}.')
+        input_size = (model.in_chans, args.img_size[0], args.img_size[-1])
+    dtype = getattr(torch, args.dtype)
+    model = model.to(args.device)
+    if args.mode == 'original':
+        model = model.to(dtype)
+    else:
+        model = optimize_for_inference(model, compile=args.mode == 'compiled', dtype=dtype)
+    table = LatencyTable.measure(
+        model, input_size, args.batch_size, num_members=args.num_members, repeats=args.repeats)
+    output = args.output or f'{args.name}-latency.json'
+    print(table)
+    table.save(output)
+    print(f'saved to {output}')
