@@ -1,0 +1,85 @@
+"""Exported programs, run by the run-time they are for, against the model."""
+import math
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from test_inference import images, small_resnet
+
+from timm_hne import export as export_module
+from timm_hne.__main__ import main
+from timm_hne.cost import member_params
+from timm_hne.export import export
+
+NODES = (1, 1, 2, 2, 4)
+
+
+def run_onnx(path, x):
+    return torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {'images': x.numpy()})[0])
+
+
+def run_export(path, x):
+    return torch.export.load(path).module()(x)
+
+
+@pytest.mark.parametrize('format, run', [('onnx', run_onnx), ('torch.export', run_export)])
+@pytest.mark.parametrize('n', [1, 3])
+def test_program_equals_the_model_for_every_batch_size(tmp_path, format, run, n):
+    model = small_resnet(NODES)
+    path = export(model, tmp_path / 'program', n, format, (3, 8, 8))
+    for batch_size in (1, 2, 5):
+        x = images(batch_size)
+        expected = model(x, num_members=n).detach()
+        torch.testing.assert_close(run(path, x), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    assert [file.name for file in tmp_path.iterdir()] == ['program']
+
+
+def test_weights_of_unused_nodes_are_left_out(tmp_path):
+    model = small_resnet(NODES)
+    for n in (1, 3, 4):
+        program = onnx.load(export(model, tmp_path / f'{n}.onnx', n, 'onnx', (3, 8, 8)))
+        weights = sum(math.prod(tensor.dims) for tensor in program.graph.initializer)
+        # Folding turns the two parameters per channel of a batch normalisation into one bias.
+        channels = sum(m.num_features for m in model.extract(n).modules() if isinstance(m, torch.nn.BatchNorm2d))
+        assert 0 <= weights - (member_params(model)[n] - channels) < 50
+
+
+def test_a_program_that_differs_is_not_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, '_export_logits', lambda path, x: run_export(path, x) * 1.001)
+    with pytest.raises(RuntimeError, match='2 members differs from the model by'):
+        export(small_resnet(NODES), tmp_path / 'program.pt2', 2, 'torch.export', (3, 8, 8))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('kwargs, error, words', [
+    (dict(num_members=0), ValueError, 'num_members must be from 1 to 4'),
+    (dict(num_members='1'), TypeError, 'num_members'),
+    (dict(format='tflite'), ValueError, "format must be one of onnx, torch.export, got 'tflite'"),
+    (dict(input_size=(1, 8, 8)), ValueError, 'input_size'),
+])
+def test_export_refuses(tmp_path, kwargs, error, words):
+    arguments = {'num_members': 1, 'input_size': (3, 8, 8), **kwargs}
+    with pytest.raises(error, match=words):
+        export(small_resnet(NODES), tmp_path / 'program', **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_training_mode_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='training mode'):
+        export(small_resnet(NODES).train(), tmp_path / 'program', 1)
+
+
+def test_command(tmp_path, capsys):
+    weights = tmp_path / 'weights.pth'
+    model = small_resnet(NODES, num_classes=7)
+    torch.save(model.state_dict(), weights)
+    folder = tmp_path / 'programs'
+    arguments = ['--nodes', *map(str, NODES), '--num-classes', '7', '--img-size', '8', '--format', 'torch.export']
+    with pytest.raises(SystemExit):  # hne_resnet50_c8 is wider than the model whose weights these are
+        main(['export', 'hne_resnet50_c8', *arguments, '--checkpoint', str(weights), '--output', str(folder)])
+    assert not folder.exists() or list(folder.iterdir()) == []
+    main(['export', 'hne_resnet50_c8', *arguments, '--num-members', '1', '2', '--output', str(folder)])
+    assert sorted(file.name for file in folder.iterdir()) == ['hne_resnet50_c8_1.pt2', 'hne_resnet50_c8_2.pt2']
+    assert run_export(folder / 'hne_resnet50_c8_2.pt2', images(2)).shape == (2, 7)
+    assert '2 members' in capsys.readouterr().out
