@@ -1,5 +1,6 @@
 """The trainer: exact resumption, distributed training, and errors before any epoch."""
 import csv
+import importlib.util
 import math
 import os
 import signal
@@ -359,3 +360,46 @@ def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(options, t
     log, joint_log = rows(options['output_dir'])[0], rows(tmp_path / 'joint')[0]
     assert [float(joint_log[f'eval_top1_{n}']) for n in (1, 2, 4)] == [
         float(log[f'eval_top1_{n}']) for n in (1, 2, 4)]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location('train_script', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('path', sorted((SCRIPT.parent / 'recipes').glob('*.yaml')), ids=lambda path: path.stem)
+def test_recipes_are_valid(path):
+    config = load_script().parse_args(['--recipe', path.name])
+    model = timm.create_model(
+        config.model, num_classes=config.num_classes, in_chans=config.in_chans, device='meta', **config.model_kwargs)
+    task = trainer.HNETask(
+        model, objective=config.objective, alpha=config.alpha, temperature=config.temperature, verbose=False)
+    optimizer = trainer.create_optimizer_v2(
+        task.get_trainable_module(), opt=config.opt, lr=config.lr, momentum=config.momentum,
+        weight_decay=config.weight_decay, **config.opt_kwargs)
+    scheduler = trainer._create_scheduler(optimizer, config, updates_per_epoch=10)
+    rates = []
+    for epoch in range(config.epochs):
+        scheduler.step(epoch)
+        scheduler.step_update(10 * epoch)
+        rates.append(optimizer.param_groups[0]['lr'])
+    assert max(rates) <= config.lr * (1 + 1e-9) and rates[-1] < 0.2 * max(rates)
+
+
+def test_options_override_the_recipe(tmp_path):
+    script = load_script()
+    (tmp_path / 'base.yaml').write_text('{epochs: 7, lr: 0.2, amp: true}')
+    (tmp_path / 'mine.yaml').write_text('{base: base.yaml, lr: 0.3, model_kwargs: {nodes: [1, 1, 1, 2, 2]}}')
+    config = script.parse_args([
+        '--recipe', str(tmp_path / 'mine.yaml'), '--no-amp', '--alpha', '0.25', '--weight-decay', '1e-5', '--mean',
+        '[0.1, 0.2, 0.3]', '--data-dir', 'data'])
+    assert (config.epochs, config.lr, config.amp, config.alpha, config.weight_decay) == (7, 0.3, False, 0.25, 1e-5)
+    assert config.model_kwargs == {'nodes': [1, 1, 1, 2, 2]}
+    assert (config.mean, config.data_dir) == ((0.1, 0.2, 0.3), 'data')
+
+
+def test_unknown_recipe_lists_those_there_are():
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'cifar'; .*cifar10\.yaml, .*imagenet\.yaml"):
+        load_script().parse_args(['--recipe', 'cifar'])

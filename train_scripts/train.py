@@ -19,21 +19,24 @@ from timm_hne.trainer import train
 RECIPES = Path(__file__).parent / 'recipes'
 
 
-def read_recipe(name: str) -> dict:
+def read_recipe(name: str, folder: Path = RECIPES) -> dict:
     """Read a recipe from a path, or by its name in `train_scripts/recipes`.
+
+    The key `base` names another recipe, beside it, whose keys it takes over.
 
     Raises:
         FileNotFoundError: There is no such recipe; the message lists those that there are.
         ValueError: The file holds no keys.
     """
-    for path in (Path(name), RECIPES / name):
-        if path.is_file():
-            recipe = yaml.safe_load(path.read_text())
-            if not isinstance(recipe, dict):
-                raise ValueError(f'recipe {path} must hold keys and values.')
-            return recipe
-    raise FileNotFoundError(
-        f'no recipe {name!r}; there are {", ".join(sorted(path.name for path in RECIPES.glob("*.yaml")))}.')
+    path = next((path for path in (Path(name), folder / name) if path.is_file()), None)
+    if path is None:
+        known = ', '.join(sorted(path.name for path in RECIPES.glob('*.yaml')))
+        raise FileNotFoundError(f'there is no recipe {name!r}; {RECIPES} has {known}.')
+    recipe = yaml.safe_load(path.read_text())
+    if not isinstance(recipe, dict):
+        raise ValueError(f'recipe {path} must hold keys and values.')
+    base = recipe.pop('base', None)
+    return {**(read_recipe(base, path.parent) if base else {}), **recipe}
 
 
 def parse_args(arguments: list[str] | None = None) -> TrainConfig:
