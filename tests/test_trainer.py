@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_result_log_and_checkpoint(options):
 
 def test_it_learns(options):
     result = train(TrainConfig(**{**options, 'epochs': 12, 'lr': 0.05, 'hflip': 0., 'crop_padding': 1}))
-    assert result.history[-1]['loss'] < result.history[0]['loss']
+    assert result.history[-1]['train_loss'] < result.history[0]['train_loss']
     assert result.top1[4] > 60  # chance is 33
 
 
@@ -174,6 +175,37 @@ def test_a_checkpoint_cut_short_is_passed_over(options, caplog, damage):
     assert 'cannot be read' in caplog.text
     assert [row['epoch'] for row in result.history] == [2]
     assert rows(options['output_dir']) == expected
+
+
+def test_an_interrupted_checkpoint_leaves_no_file(options, monkeypatch):
+    def interrupted(state, path):
+        Path(path).write_bytes(b'half')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, 'save', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**options))
+    assert not list(Path(options['output_dir']).glob('*.pth.tar'))
+
+
+def test_tensorboard_log_if_it_is_installed(options, monkeypatch):
+    written = {}
+
+    class SummaryWriter:
+        def __init__(self, log_dir, purge_step):
+            assert (log_dir, purge_step) == (options['output_dir'], 0)
+
+        def add_scalar(self, name, value, step):
+            written[name, step] = value
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=SummaryWriter))
+    options['epochs'] = 2
+    result = train(TrainConfig(**options))
+    assert written['eval/top1_4', 1] == result.top1[4]
+    assert written['train/loss', 0] == result.history[0]['train_loss']
 
 
 def test_a_finished_run_can_be_continued(options):

@@ -59,7 +59,7 @@ class TrainResult:
         checkpoint: File with the last checkpoint, which `timm.create_model(..., checkpoint_path=...)` reads.
         summary: CSV file with a row per epoch.
         images_per_second: Speed of training in the last epoch, of all processes together.
-        history: The rows of this process's epochs.
+        history: The epochs of this process, with the names of the CSV file.
     """
 
     model: HierarchicalEnsemble
@@ -230,7 +230,8 @@ class _Run:
                 for ema in (False, True)[:1 + self.task.has_ema()]:
                     distribute_bn(self.task.get_trainable_module(ema=ema), self.world_size, reduce=True)
             metrics = self._evaluate()
-            history.append({'epoch': epoch, **row, **metrics})
+            named = {**{f'train_{k}': v for k, v in row.items()}, **{f'eval_{k}': v for k, v in metrics.items()}}
+            history.append({'epoch': epoch, **named})
             self._report(epoch, row, metrics)
         metrics = metrics or self._evaluate()  # a finished run, continued
         ensemble = self.task.get_eval_model(ema=self.task.has_ema())
@@ -341,7 +342,10 @@ class _Run:
                 self.tensorboard.add_scalar(name, value, epoch)
             self.tensorboard.flush()
         # Last, so that a run that is killed in between repeats the epoch and drops its row.
-        self.saver.save_checkpoint(epoch)
+        try:
+            self.saver.save_checkpoint(epoch)
+        finally:
+            (self.output_dir / 'tmp.pth.tar').unlink(missing_ok=True)  # is there only if the saver was interrupted
 
 
 class _Losses:
