@@ -3,10 +3,8 @@
 `train(TrainConfig(...))` is all there is: `timm-hne demo` and `train_scripts/train.py` call it.
 """
 import argparse
-import ctypes
 import logging
 import math
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +35,7 @@ from .checkpoints import check_same_run, find_checkpoint, load_weights
 from .data import create_datasets, create_image_loader, seed_epoch
 from .ensemble import HierarchicalEnsemble
 from .losses import prefix_logits
+from .memory import keep_freed_memory
 from .recipe import TrainConfig
 from .scheduler import CyclicLRScheduler
 from .task import HNETask
@@ -97,20 +96,6 @@ def train(config: TrainConfig) -> TrainResult:
     finally:
         if world.distributed:
             dist.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep the memory of freed tensors for the next ones, where it is glibc.
-
-    By default it returns large blocks to the system at once, and a training step on a CPU spends a tenth to a quarter
-    of its time on getting them back page by page.
-    """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
-    if mallopt is not None:
-        trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
-        mallopt(top_pad, 64 << 20)
 
 
 class _Run:
