@@ -2,7 +2,8 @@
 
     python benchmarks/forward.py
 
-All run on the same images, in turn, in eager mode. Each network uses the memory format that is faster for it.
+All run on the same images, in turn, in eager mode. Each network uses the memory format that is faster for it. On a CPU
+there are two parts: with the C library's default handling of freed memory, and with that of `timm_hne.memory`.
 """
 import argparse
 import functools
@@ -15,6 +16,7 @@ import torch
 from common import describe_machine, machine, markdown_table, paired_medians, write_json, write_text
 from paper import PaperNetwork
 
+from timm_hne.optimize import optimize_for_inference
 from timm_hne.tree import prefixes
 
 RESULTS = Path(__file__).parents[1] / 'docs' / 'results'
@@ -58,6 +60,24 @@ def check_outputs(calls: dict[str, functools.partial], points: tuple[int, ...]) 
         torch.testing.assert_close(calls[f'model, {n}'](), calls[f'paper, {n}'](), rtol=1e-3, atol=1e-4)
 
 
+def tables(medians: dict[tuple[str, str], float], points: tuple[int, ...]) -> str:
+    """Return the medians in milliseconds, and ratios between the faster formats of each side, as Markdown."""
+    best = {key: min(medians[key, layout] for layout in FORMATS) for key, _ in medians}
+    header = ['members', *(f'{who}, {layout}' for who in ('model', 'paper') for layout in FORMATS), 'paper / model']
+    rows = []
+    for n in points:
+        times = [medians[f'{who}, {n}', layout] for who in ('model', 'paper') for layout in FORMATS]
+        ratio = best[f'paper, {n}'] / best[f'model, {n}']
+        rows.append([n, *(f'{1000 * time:.0f}' for time in times), f'{ratio:.2f}'])
+    full = best[f'model, {points[-1]}']
+    others = [
+        [key, *(f'{1000 * medians[key, layout]:.0f}' for layout in FORMATS), f'{best[key] / full:.2f}']
+        for key in best if ',' not in key
+    ]
+    heads = ['network', *FORMATS, f'over the model with {points[-1]} members']
+    return '\n'.join([markdown_table(header, rows), markdown_table(heads, others)])
+
+
 def main(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -70,24 +90,9 @@ def main(args: argparse.Namespace) -> None:
         with torch.inference_mode():
             check_outputs(of_layout, points)
         calls |= {(key, layout): call for key, call in of_layout.items()}
-    with torch.inference_mode():
-        medians = paired_medians(calls, args.repeats, warmup=1)
 
-    # The faster format of each, as somebody who uses it would choose.
-    best = {key: min(medians[key, layout] for layout in FORMATS) for key, _ in medians}
-    layouts = {key: min(FORMATS, key=lambda layout, key=key: medians[key, layout]) for key in best}
-    n_all = points[-1]
-    header = ['members', *(f'{who}, {layout}' for who in ('model', 'paper') for layout in FORMATS), 'paper / model']
-    rows = []
-    for n in points:
-        times = [medians[f'{who}, {n}', layout] for who in ('model', 'paper') for layout in FORMATS]
-        ratio = best[f'paper, {n}'] / best[f'model, {n}']
-        rows.append([n, *(f'{1000 * time:.0f}' for time in times), f'{ratio:.2f}'])
-    full = best[f'model, {n_all}']
-    others = [(key, *(medians[key, layout] for layout in FORMATS), best[key] / full) for key in
-              ('one member alone', 'separate networks')]
     command = f'python benchmarks/forward.py {shlex.join(sys.argv[1:])}'.strip()
-    text = '\n'.join([
+    text = [
         '# Forward passes',
         '',
         f'Machine: {describe_machine()}.',
@@ -96,25 +101,28 @@ def main(args: argparse.Namespace) -> None:
         f'{"x".join(map(str, images.shape[1:]))} in float32, eager mode. Medians of {args.repeats} rounds in which '
         'everything ran in turn, in milliseconds a batch. Ratios are between the faster memory formats of each side.',
         '',
-        markdown_table(header, rows),
-        f'`paper` replicates feature maps where a branch splits and has one group a node (`benchmarks/paper.py`); its '
-        'outputs were compared with those of the model before timing. The networks below are its plain convolutions '
-        f'without a tree; {n_all} separate networks run one after the other.',
+        '`paper` replicates feature maps where a branch splits and has one group a node (`benchmarks/paper.py`); its '
+        'outputs were compared with those of the model before timing. `optimised` is the model after '
+        '`optimize_for_inference(model, compile=False)`, which folds the batch normalisation, chooses format and '
+        'formulation of the convolutions, and makes the C library keep freed memory (`timm_hne/memory.py`): the second '
+        'part. The other networks are plain convolutions without a tree; '
+        f'{points[-1]} separate ones run one after the other.',
         '',
-        markdown_table(
-            ['network', *FORMATS, f'over the model with {n_all} members'],
-            [(key, *(f'{1000 * time:.0f}' for time in times), f'{ratio:.2f}') for key, *times, ratio in others],
-        ),
-    ])
+    ]
+    seconds = {}
+    for memory in ("the C library's default", 'kept'):
+        if memory == 'kept':  # from here on, for the whole process
+            optimized = optimize_for_inference(modules['model'], images, compile=False)
+            calls |= {('optimised', layout): functools.partial(optimized, images) for layout in FORMATS}
+        with torch.inference_mode():
+            medians = paired_medians(calls, args.repeats, warmup=1)
+        seconds[memory] = {f'{key}, {layout}': time for (key, layout), time in medians.items()}
+        text += [f'## Freed memory: {memory}', '', tables(medians, points)]
+    text = '\n'.join(text)
     print(text)
     if args.output:
         write_text(args.output.with_suffix('.md'), text)
-        write_json(args.output.with_suffix('.json'), {
-            'command': command,
-            'machine': machine(),
-            'seconds': {f'{key}, {layout}': seconds for (key, layout), seconds in medians.items()},
-            'faster_format': layouts,
-        })
+        write_json(args.output.with_suffix('.json'), {'command': command, 'machine': machine(), 'seconds': seconds})
 
 
 if __name__ == '__main__':

@@ -75,7 +75,9 @@ class Residual(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.replicate(x)
         y = self.convs(x)
-        return self.act(y if self.shortcut is None else y + self.shortcut(x))
+        if self.shortcut is not None:
+            y += self.shortcut(x)
+        return self.act(y)
 
 
 def convert(layer: nn.Module, count: int) -> nn.Module:

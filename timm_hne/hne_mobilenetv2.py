@@ -35,7 +35,9 @@ class InvertedResidual(nn.Module):
     def forward(self, x: torch.Tensor, span: Optional[Tuple[int, int]] = None) -> torch.Tensor:
         shortcut = x
         x = self.conv_pwl(self.conv_dw(self.conv_pw(x, span), span), span)
-        return x + shortcut if self.has_shortcut else x
+        if self.has_shortcut:
+            x += shortcut
+        return x
 
 
 class HNEMobileNetV2(HierarchicalEnsemble):

@@ -37,7 +37,8 @@ class Bottleneck(nn.Module):
     def forward(self, x: torch.Tensor, span: Optional[Tuple[int, int]] = None) -> torch.Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x, span)
         x = self.conv3(self.conv2(self.conv1(x, span), span), span)
-        return self.act(x + shortcut)
+        x += shortcut
+        return self.act(x)
 
 
 class HNEResNet(HierarchicalEnsemble):
