@@ -411,7 +411,7 @@ def test_recipes_are_valid(path):
     optimizer = trainer.create_optimizer_v2(
         task.get_trainable_module(), opt=config.opt, lr=config.lr, momentum=config.momentum,
         weight_decay=config.weight_decay, **config.opt_kwargs)
-    scheduler = trainer._create_scheduler(optimizer, config, updates_per_epoch=10)
+    scheduler = trainer.create_scheduler(optimizer, config, updates_per_epoch=10)
     rates = []
     for epoch in range(config.epochs):
         scheduler.step(epoch)

@@ -1,11 +1,14 @@
-"""The learning-rate schedule that the paper uses on ImageNet, as a timm scheduler."""
+"""Learning-rate schedules: the one that the paper uses on ImageNet, as a timm scheduler, and timm's."""
 from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
+from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 
-__all__ = ['CyclicLRScheduler']
+from .recipe import TrainConfig
+
+__all__ = ['CyclicLRScheduler', 'create_scheduler']
 
 
 class CyclicLRScheduler(Scheduler):
@@ -50,3 +53,27 @@ class CyclicLRScheduler(Scheduler):
         position = self.cycle_length - 1 if t < self.warmup_t else t % self.cycle_length
         factor = (1 - position / self.cycle_length) * self.decay_rate ** bisect_right(self.milestones, t)
         return [value * factor for value in self.base_values]
+
+
+def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Scheduler:
+    """Create the schedule of a recipe: the one above by epochs, timm's by updates."""
+    if config.sched == 'cyclic':
+        return CyclicLRScheduler(
+            optimizer,
+            milestones=config.decay_milestones,
+            decay_rate=config.decay_rate,
+            warmup_t=round(config.warmup_epochs),
+        )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.sched,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+        decay_milestones=config.decay_milestones,
+        decay_rate=config.decay_rate,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler

@@ -17,7 +17,6 @@ from timm.data import Mixup, resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.task import evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import (
     CheckpointSaver,
@@ -37,7 +36,7 @@ from .ensemble import HierarchicalEnsemble
 from .losses import prefix_logits
 from .memory import keep_freed_memory
 from .recipe import TrainConfig
-from .scheduler import CyclicLRScheduler
+from .scheduler import create_scheduler
 from .task import HNETask
 from .tree import prefixes
 
@@ -182,7 +181,7 @@ class _Run:
             raise ValueError(
                 f'batch_size {config.batch_size} * grad_accum_steps {config.grad_accum_steps} * {world_size} '
                 f'process(es) exceeds the {len(train_set)} training images.')
-        self.scheduler = _create_scheduler(self.optimizer, config, self.updates_per_epoch)
+        self.scheduler = create_scheduler(self.optimizer, config, self.updates_per_epoch)
 
         self.saver = self.tensorboard = None
         if rank == 0:
@@ -397,26 +396,3 @@ def _create_model(config: TrainConfig, num_classes: int) -> tuple[HierarchicalEn
         mean=data_config['mean'],
         std=data_config['std'],
     )
-
-
-def _create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int):
-    if config.sched == 'cyclic':
-        return CyclicLRScheduler(
-            optimizer,
-            milestones=config.decay_milestones,
-            decay_rate=config.decay_rate,
-            warmup_t=round(config.warmup_epochs),
-        )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        decay_milestones=config.decay_milestones,
-        decay_rate=config.decay_rate,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
-    return scheduler
