@@ -250,6 +250,78 @@ def test_a_callback_may_submit_and_shut_down(gate, runner):
     assert second[0].result(TIMEOUT).logits[0] == 7
 
 
+@pytest.mark.parametrize('outcome', ['result', 'error', 'shutdown'])
+def test_a_callback_that_exits_harms_nobody_else(gate, runner, outcome):
+    def leave(future):
+        raise SystemExit(1)
+
+    first = block(gate, runner)
+    futures = [runner.submit(image(i)) for i in range(3)]
+    futures[0].add_done_callback(leave)
+    if outcome == 'shutdown':
+        runner.shutdown(drain=False, wait=False)
+        assert all(isinstance(future.exception(TIMEOUT), ShutDown) for future in futures)
+    else:
+        gate.error = ArithmeticError('broken') if outcome == 'error' else None
+        first.add_done_callback(leave)
+    gate.open.set()
+    wait([first, *futures], TIMEOUT)
+    assert first.done() and all(future.done() for future in futures)
+    if outcome != 'shutdown':
+        gate.error = None
+        assert runner.submit(image(3)).result(TIMEOUT).logits[0] == 3
+
+
+def test_clients_that_meddle_with_their_futures(gate, runner):
+    first = block(gate, runner)
+    futures = [runner.submit(image(i)) for i in range(3)]
+    futures[0].set_running_or_notify_cancel()
+    futures[1].set_result('mine')
+    gate.open.set()
+    assert futures[0].result(TIMEOUT).logits[0] == 0 and futures[2].result(TIMEOUT).logits[0] == 2
+    assert futures[1].result() == 'mine' and first.done()
+    runner.shutdown()
+    assert (runner.stats.answered, runner.stats.cancelled) == (3, 1)
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_if_the_worker_ends_nobody_waits(gate, runner, monkeypatch):
+    def broken():
+        raise MemoryError
+
+    first = block(gate, runner)
+    future = runner.submit(image(0))
+    monkeypatch.setattr(runner, '_next_batch', broken)
+    gate.open.set()
+    assert first.result(TIMEOUT).logits[0] == -1
+    with pytest.raises(ShutDown):
+        future.result(TIMEOUT)
+    runner._worker.join(TIMEOUT)
+    with pytest.raises(ShutDown):
+        runner.submit(image(1))
+
+
+def test_the_image_may_change_after_it_was_submitted(gate, runner):
+    block(gate, runner)
+    x = image(5)
+    future = runner.submit(x)
+    x.zero_()
+    gate.open.set()
+    assert future.result(TIMEOUT).logits[0] == 5
+
+
+def test_arrivals_are_forgotten_while_the_model_is_busy(gate, runner, monkeypatch):
+    block(gate, runner)
+    now = runner_module._clock()
+    for i in range(1, 20):
+        monkeypatch.setattr(runner_module, '_clock', lambda i=i: now + 60. * i)
+        try:
+            runner.submit(image(0))
+        except Overloaded:
+            continue
+    assert len(runner._arrivals) == 2  # those of the last 100 seconds
+
+
 @pytest.mark.parametrize('drain', [True, False])
 def test_many_threads_and_a_shutdown_among_them(gate, drain):
     runner = AdaptiveRunner(gate, latency_target=1., max_batch_size=4, max_queue=8)

@@ -53,7 +53,7 @@ class RunnerStats:
         answered: Requests whose future has a result.
         rejected: Requests refused because of a full queue, or thrown out of it by a shutdown.
         failed: Requests whose future has the model's exception.
-        cancelled: Requests whose future was cancelled by the client while they waited.
+        cancelled: Requests whose future was cancelled, or resolved, by the client while they waited.
         members: Sum of the members evaluated over the answered requests.
     """
     submitted: int = 0
@@ -227,7 +227,7 @@ class AdaptiveRunner:
         """Queue an image; may be called from any thread.
 
         Args:
-            image: `(C, H, W)` of the runner's `input_size`.
+            image: `(C, H, W)` of the runner's `input_size`; it is copied.
 
         Returns:
             Future of an `Answer`. It fails with `ShutDown` if a shutdown throws the request out of the queue, and with
@@ -244,6 +244,7 @@ class AdaptiveRunner:
             raise TypeError(f'image must be a floating point tensor, got {kind}.')
         if tuple(image.shape) != self.input_size:
             raise ValueError(f'image must be of shape {self.input_size}, got {tuple(image.shape)}.')
+        image = image.detach().to('cpu', torch.float, copy=True)
         future: Future[Answer] = Future()
         with self._condition:
             if self._closed:
@@ -251,6 +252,7 @@ class AdaptiveRunner:
             self.stats.submitted += 1
             now = _clock()
             self._arrivals.append(now)
+            self._forget_arrivals(now)
             if len(self._queue) >= self.max_queue:
                 self.stats.rejected += 1
                 raise Overloaded(f'max_queue={self.max_queue} requests are waiting; the request was rejected.')
@@ -282,15 +284,23 @@ class AdaptiveRunner:
             if self._claim(future):
                 with self._condition:
                     self.stats.rejected += 1
-                future.set_exception(ShutDown('The runner was shut down before the request was answered.'))
+                _resolve(future, ShutDown('The runner was shut down before the request was answered.'))
 
     def _claim(self, future: Future) -> bool:
-        """Make a future ours to resolve, unless its client has cancelled it."""
-        if future.set_running_or_notify_cancel():
-            return True
-        with self._condition:
-            self.stats.cancelled += 1
-        return False
+        """Make a future ours to resolve, unless its client has cancelled it or resolved it."""
+        try:
+            claimed = future.set_running_or_notify_cancel()
+        except RuntimeError:
+            _logger.exception('a client changed the state of its request')
+            claimed = not future.done()
+        if not claimed:
+            with self._condition:
+                self.stats.cancelled += 1
+        return claimed
+
+    def _forget_arrivals(self, now: float) -> None:
+        while self._arrivals and self._arrivals[0] < now - self.policy.latency_target:
+            self._arrivals.popleft()
 
     def _next_batch(self) -> tuple[list[tuple[torch.Tensor, Future, float]], int, float] | None:
         """Wait for requests; return a batch, the number left waiting and the arrival rate, or None at the end."""
@@ -300,17 +310,19 @@ class AdaptiveRunner:
             if not self._queue:
                 return None
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), self.max_batch_size))]
-            window, now = self.policy.latency_target, _clock()
-            while self._arrivals and self._arrivals[0] < now - window:
-                self._arrivals.popleft()
-            return batch, len(self._queue), len(self._arrivals) / window
+            self._forget_arrivals(_clock())
+            return batch, len(self._queue), len(self._arrivals) / self.policy.latency_target
 
     def _work(self) -> None:
-        while (work := self._next_batch()) is not None:
-            requests, waiting, arrival_rate = work
-            requests = [request for request in requests if self._claim(request[1])]
-            if requests:
-                self._answer(requests, waiting, arrival_rate)
+        try:
+            while (work := self._next_batch()) is not None:
+                requests, waiting, arrival_rate = work
+                requests = [request for request in requests if self._claim(request[1])]
+                if requests:
+                    self._answer(requests, waiting, arrival_rate)
+        finally:
+            # Should anything unforeseen end the loop, nobody may wait for an answer that will not come.
+            self.shutdown(drain=False, wait=False)
 
     def _answer(
             self,
@@ -322,17 +334,28 @@ class AdaptiveRunner:
         try:
             begin = _clock()
             num_members = self.policy.choose(len(requests), waiting, begin - arrivals[0], arrival_rate)
-            logits = self._evaluate(torch.stack([image.detach().float().cpu() for image in images]), num_members)
+            logits = self._evaluate(torch.stack(images), num_members)
             self.policy.record(num_members, len(requests), _clock() - begin)
         except BaseException as error:  # whatever it is, these clients must not wait for ever
             _logger.exception('a batch of %d requests failed', len(requests))
             with self._condition:
                 self.stats.failed += len(requests)
             for future in futures:
-                future.set_exception(error)
+                _resolve(future, error)
             return
         with self._condition:
             self.stats.answered += len(requests)
             self.stats.members += num_members * len(requests)
         for future, row in zip(futures, logits):
-            future.set_result(Answer(row.clone(), num_members))
+            _resolve(future, Answer(row.clone(), num_members))
+
+
+def _resolve(future: Future, outcome: Answer | BaseException) -> None:
+    """End a request; whatever its client's callbacks raise, the worker and the other requests go on."""
+    try:
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    except BaseException:
+        _logger.exception('a callback of a request failed, or its client resolved it')
