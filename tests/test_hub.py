@@ -132,6 +132,25 @@ def test_from_a_folder(files, model, tmp_path):
         load(f'local-dir:{tmp_path}')
 
 
+@pytest.mark.parametrize('mark', ['  ', ' *', '  ./', ' *./'])
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_every_file_of_a_folder_is_checked(files, model, tmp_path, mark, name):
+    files = {**files, 'SHA256SUMS': files['SHA256SUMS'].replace(b'  ', mark.encode())}
+    for file, data in files.items():
+        (tmp_path / file).write_bytes(data)
+    assert_same(load(f'local-dir:{tmp_path}'), model)
+    changed = files[name].replace(b'0.4914', b'0.4915') if name == 'config.json' else files[name][:-1] + b'x'
+    (tmp_path / name).write_bytes(changed)
+    with pytest.raises(DigestError, match=rf'{name} has the SHA-256 digest'):
+        load(f'local-dir:{tmp_path}')
+
+    (tmp_path / name).write_bytes(files[name])
+    lines = files['SHA256SUMS'].decode().splitlines()
+    (tmp_path / 'SHA256SUMS').write_text('\n'.join(line for line in lines if name not in line))
+    with pytest.raises(DigestError, match=rf'{name} has .* none is recorded'):
+        load(f'local-dir:{tmp_path}')
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 def test_stored_in_any_precision(hub, files, model, dtype):
     weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}

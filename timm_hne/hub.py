@@ -113,11 +113,12 @@ def _read_weights(cfg: PretrainedCfg, cache_dir: str | PathLike | None) -> dict[
     if cfg.source == 'hf-hub':
         return _parse(_fetch(cfg.hf_hub_id, (CONFIG_NAME, WEIGHTS_NAME), cache_dir)[WEIGHTS_NAME], cfg.hf_hub_id)
     if cfg.source == 'local-dir':
-        return _read_file(Path(cfg.file) / WEIGHTS_NAME)
+        return _parse(_read_folder(Path(cfg.file), (CONFIG_NAME, WEIGHTS_NAME))[WEIGHTS_NAME], cfg.file)
     if cfg.state_dict:
         return dict(cfg.state_dict)
     if cfg.file:
-        return _read_file(Path(cfg.file))
+        path = Path(cfg.file)
+        return _parse(_read_folder(path.parent, (path.name,))[path.name], path)
     if cfg.hf_hub_id:
         name = cfg.hf_hub_filename or WEIGHTS_NAME
         return _parse(_fetch(cfg.hf_hub_id, (name,), cache_dir)[name], cfg.hf_hub_id)
@@ -132,23 +133,28 @@ def _parse(data: bytes, name: str | PathLike) -> dict[str, torch.Tensor]:
         raise ValueError(f'The weights of {name} are not a valid safetensors file: {error}.') from error
 
 
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    data = path.read_bytes()
-    record = path.parent / DIGESTS_NAME
-    digests = read_digests(record) if record.exists() else {}
-    if path.parent == PACKAGED or path.name in digests:
-        _check(path, data, digests.get(path.name))
-    return _parse(data, path)
+def _read_folder(folder: Path, filenames: tuple[str, ...]) -> dict[str, bytes]:
+    """Return files of a folder. If it records digests, as the package must, each of them has to have the right one."""
+    files = {name: (folder / name).read_bytes() for name in filenames}
+    record = folder / DIGESTS_NAME
+    if folder == PACKAGED or record.exists():
+        digests = read_digests(record) if record.exists() else {}
+        for name, data in files.items():
+            _check(folder / name, data, digests.get(name))
+    return files
 
 
 def read_digests(path: str | PathLike) -> dict[str, str]:
-    """Read a file in the format of `sha256sum`: a digest in hexadecimal, two spaces and a file name on each line.
+    """Read a file in the format of `sha256sum`, also of `sha256sum --binary`: lines of '<hex digest>  <file name>'.
 
     Returns:
         The digest of each file name.
     """
     lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
-    return {name: sha256 for sha256, _, name in (line.partition('  ') for line in lines)}
+    return {
+        name.lstrip(' *').removeprefix('./'): sha256.lower()
+        for sha256, _, name in (line.partition(' ') for line in lines)
+    }
 
 
 def digest(data: bytes) -> str:
