@@ -255,6 +255,17 @@ def test_the_record_of_the_package_counts_first(hub, package, files, model):
         load('hne_resnet50_c8', nodes=NODES, pretrained_cfg_overlay=dict(hf_hub_id=name))
 
 
+def test_the_record_of_the_package_counts_before_the_manifest(hub, package, files, model):
+    """The package records the weights alone, the repository its config.json too."""
+    name = f'alice/net@{put(hub, files)}'
+    record = package.parent / 'SHA256SUMS'
+    record.write_text(f'{hashlib.sha256(files["model.safetensors"]).hexdigest()}  {name}/model.safetensors\n')
+    assert_same(load(f'hf-hub:{name}'), model)
+    record.write_text(f'{"0" * 64}  {name}/model.safetensors\n')
+    with pytest.raises(DigestError, match=rf'model\.safetensors of {name} .* but {"0" * 64} is recorded'):
+        load(f'hf-hub:{name}')
+
+
 def test_every_packaged_file_is_recorded():
     folder = Path(timm_hne.hub.PACKAGED)
     files = {path.name for path in folder.glob('*.safetensors')}

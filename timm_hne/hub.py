@@ -192,8 +192,8 @@ def _locate(
     """Return the recorded digests and the cached paths of files of a Hub repository, all of one commit."""
     repo_id, _, revision = model_id.partition('@')
     revision = revision or None
-    own = read_digests(PACKAGED / DIGESTS_NAME) if (PACKAGED / DIGESTS_NAME).exists() else {}
-    digests = {name: own.get(f'{model_id}/{name}') for name in filenames}
+    record = read_digests(PACKAGED / DIGESTS_NAME) if (PACKAGED / DIGESTS_NAME).exists() else {}
+    digests = {name: record.get(f'{model_id}/{name}') for name in filenames}
     paths = {}
     if None in digests.values():
         try:
@@ -202,7 +202,8 @@ def _locate(
             raise RuntimeError(
                 f'{repo_id} has no file {DIGESTS_NAME}, so its weights cannot be checked. '
                 '`timm-hne publish` writes one.') from error
-        digests = read_digests(paths[DIGESTS_NAME])
+        # What the package records counts first
+        digests = {**read_digests(paths[DIGESTS_NAME]), **{name: own for name, own in digests.items() if own}}
         revision = paths[DIGESTS_NAME].parent.name
     for name in filenames:
         paths[name] = _download(repo_id, name, revision, cache_dir)
