@@ -174,6 +174,34 @@ def test_deadline_goes_by_the_slowest_recent_step(monkeypatch):
     assert len(list(model.anytime(x, deadline=3.))) == 3
 
 
+def test_one_slow_step_is_forgotten_when_it_keeps_being_declined(monkeypatch):
+    model, x = small_resnet(), images()
+    seconds = {1: 1., 2: 1., 4: 500.}
+    Clock(monkeypatch, model, seconds)
+    list(model.anytime(x, deadline=1e9))
+    seconds[4] = 1.
+    # Too late whatever the step would take: that says nothing about its times.
+    for _ in range(9):
+        assert len(list(model.anytime(x, deadline=0.))) == 1
+    assert len(list(model.anytime(x, deadline=100.))) == 2
+    assert len(list(model.anytime(x, deadline=100.))) == 3
+
+
+def test_compilation_is_not_taken_for_the_time_of_a_step(monkeypatch):
+    model, x = small_resnet(), images()
+    seconds, first = {1: 1., 2: 1., 4: 1.}, set()
+
+    def step(frontier, start, stop):
+        clock.now += 0. if stop in first else 50.
+        first.add(stop)
+        return inference.advance(model, frontier, start, stop)
+
+    clock = Clock(monkeypatch, model, seconds)
+    model.advance = step
+    assert len(list(model.anytime(x, deadline=1e9))) == 3
+    assert len(list(model.anytime(x, deadline=30.))) == 3
+
+
 def test_deadline_of_a_first_call_is_predicted_from_the_work(monkeypatch):
     model, x = small_resnet((1, 2, 4, 8, 16)), images()
     macs = member_macs(model, 8)

@@ -133,8 +133,12 @@ def anytime(
     """Yield the ensemble's logits after more and more members, reusing everything that has been computed.
 
     The caller may stop at any time. With a `deadline` the iterator stops by itself: it takes another step only if that
-    step, as slow as the slowest of its last five times with this model, shape and device, would end in time. A step
-    never taken before is predicted from the steps before it. The first step is always taken. No gradients are kept.
+    step, as slow as the slowest of its last five times with this model, shape and device, would end in time. Each time
+    a step is declined the oldest of these times is forgotten; a step without any is predicted from the steps before it.
+    The first step is always taken. No gradients are kept.
+
+    A step that an optimised model takes for the first time is compiled first, which no deadline foresees: go through
+    all steps once, without a deadline, before you rely on one.
 
     Args:
         model: Any `hne_*` model in evaluation mode, or what `optimize_for_inference` returned.
@@ -171,17 +175,22 @@ def _anytime(
 ) -> Iterator[torch.Tensor]:
     step, frontier = _stepper(model), first_frontier(model, x)
     measured = _step_times.setdefault(model, defaultdict(lambda: deque(maxlen=_MEASUREMENTS_KEPT)))
-    key = (tuple(x.shape), x.dtype, x.device)
+    shape, compiles = (tuple(x.shape), x.dtype, x.device), hasattr(model, 'advance')
     logits: list[torch.Tensor] = []
     spent, start = 0., 0
     for stop in schedule:
+        key = (*shape, start, stop)
         if deadline is not None and start:
-            past = measured.get((*key, start, stop))
+            past = measured.get(key)
             if past:
                 expected = max(past)
             else:
                 expected = spent * _relative_cost(model, start, stop) / _relative_cost(model, 0, start)
-            if _clock() + expected > deadline:
+            now = _clock()
+            if now + expected > deadline:
+                # A step that is never taken gets no new times: one slow time must not rule it out for good.
+                if past and now <= deadline:
+                    past.popleft()
                 return
         begin = _clock()
         members, frontier = step(frontier, start, stop)
@@ -192,7 +201,11 @@ def _anytime(
                 torch.cuda.synchronize(x.device)
             duration = _clock() - begin
             spent += duration
-            measured[(*key, start, stop)].append(duration)
+            first_time = key not in measured
+            past = measured[key]
+            # The first time of a step that is compiled is that of the compiler.
+            if not (compiles and first_time):
+                past.append(duration)
         yield prediction
         start = stop
 
