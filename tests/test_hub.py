@@ -301,11 +301,43 @@ def test_a_damaged_cache_without_network(published, files, model, monkeypatch):
     blob = next(Path(constants.HF_HUB_CACHE).rglob('model.safetensors')).resolve()
     blob.write_bytes(blob.read_bytes()[::-1])
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    with pytest.raises(OSError, match='SHA256SUMS of alice/net is not in the cache and its download failed'):
+    found, expected = hashlib.sha256(blob.read_bytes()).hexdigest(), blob.name
+    with pytest.raises(DigestError, match=rf'model\.safetensors of alice/net .* {found}, but {expected} is recorded'):
         load()
     assert not blob.exists()
+    assert next(Path(constants.HF_HUB_CACHE).rglob('SHA256SUMS')).read_bytes() == files['SHA256SUMS']
+    with pytest.raises(OSError, match=r'model\.safetensors of alice/net is not in the cache and cannot be downloaded'):
+        load()
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     assert_same(load(), model)
+
+
+def test_a_damaged_manifest_is_replaced(published, files, model):
+    load()
+    blob = next(Path(constants.HF_HUB_CACHE).rglob('SHA256SUMS')).resolve()
+    blob.write_bytes(b'0' * len(blob.read_bytes()))
+    assert_same(load(), model)
+    assert blob.read_bytes() == files['SHA256SUMS']
+
+
+def test_another_process_repairs_the_cache(published, files, model, monkeypatch):
+    load()
+    locate, rounds = timm_hne.hub._locate, []
+
+    def locate_while_another_removes(*args, **kwargs):
+        digests, paths = locate(*args, **kwargs)
+        rounds.append(paths)
+        if len(rounds) <= len(kinds):
+            paths[kinds[len(rounds) - 1]].resolve().unlink()
+        return digests, paths
+
+    monkeypatch.setattr(timm_hne.hub, '_locate', locate_while_another_removes)
+    kinds = ['model.safetensors', 'config.json', 'model.safetensors']
+    assert_same(load(), model)
+    assert len(rounds) == 4
+    kinds, rounds = ['model.safetensors'] * 100, []
+    with pytest.raises(OSError, match='The files of alice/net keep vanishing from the cache'):
+        load()
 
 
 def test_wrong_bytes_from_the_hub(published, files, model):
@@ -521,7 +553,8 @@ def test_a_config_without_nodes(hub, files):
 # Many at once
 
 
-def test_four_processes_share_a_cache(published, tmp_path):
+@pytest.mark.parametrize('damaged', [False, True])
+def test_four_processes_share_a_cache(published, tmp_path, damaged):
     """Also the ways in which a user configures the client: a mirror, a cache and the plug-in, by the environment."""
     code = f"""
 import multiprocessing
@@ -538,6 +571,10 @@ with multiprocessing.get_context('fork').Pool(4) as pool:
         **os.environ, 'HF_ENDPOINT': published.url, 'HF_HUB_CACHE': str(tmp_path / 'shared'), 'OMP_NUM_THREADS': '1',
         'HF_HUB_DISABLE_XET': '1', 'TQDM_POSITION': '-1',  # the latter shows bars without a terminal
     }
+    if damaged:
+        load(cache_dir=tmp_path / 'shared')
+        blob = next((tmp_path / 'shared').rglob('model.safetensors')).resolve()
+        blob.write_bytes(blob.read_bytes()[::-1])
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=120)
     total = sum(tensor.double().sum().item() for tensor in load().state_dict().values())
     assert done.stdout.split() == [str(total)] * 4, done.stderr

@@ -30,6 +30,7 @@ WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
 DIGESTS_NAME = 'SHA256SUMS'
 CLASSIFIER = 'classifier'
+ROUNDS = 8  # of reading the cache while other processes remove damaged files from it
 
 
 class DigestError(RuntimeError):
@@ -140,7 +141,8 @@ def _read_folder(folder: Path, filenames: tuple[str, ...]) -> dict[str, bytes]:
     if folder == PACKAGED or record.exists():
         digests = read_digests(record) if record.exists() else {}
         for name, data in files.items():
-            _check(folder / name, data, digests.get(name))
+            if error := _mismatch(folder / name, data, digests.get(name)):
+                raise error
     return files
 
 
@@ -162,34 +164,47 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _check(name: str | PathLike, data: bytes, expected: str | None) -> None:
+def _mismatch(name: str | PathLike, data: bytes, expected: str | None) -> DigestError | None:
     found = digest(data)
-    if found != expected:
-        raise DigestError(f'{name} has the SHA-256 digest {found}, but {expected or "none"} is recorded for it.')
+    if found == expected:
+        return None
+    return DigestError(f'{name} has the SHA-256 digest {found}, but {expected or "none"} is recorded for it.')
 
 
-def _download(repo_id: str, filename: str, revision: str | None, cache_dir: str | PathLike | None) -> Path:
+def _download(
+        repo_id: str,
+        filename: str,
+        revision: str | None,
+        cache_dir: str | PathLike | None,
+        fresh: bool = False,
+) -> Path:
     try:
         return Path(hf_hub_download(
             repo_id,
             filename,
             revision=revision,
             cache_dir=cache_dir,
+            force_download=fresh,
             library_name='timm-hne',
             library_version=__version__,
         ))
     except RemoteEntryNotFoundError:
         raise
     except Exception as error:
-        raise OSError(f'{filename} of {repo_id} is not in the cache and its download failed: {error}') from error
+        where = '' if fresh else 'is not in the cache and '
+        raise OSError(f'{filename} of {repo_id} {where}cannot be downloaded: {error}') from error
 
 
 def _locate(
         model_id: str,
         filenames: tuple[str, ...],
         cache_dir: str | PathLike | None,
+        fresh: bool,
 ) -> tuple[dict[str, str | None], dict[str, Path]]:
-    """Return the recorded digests and the cached paths of files of a Hub repository, all of one commit."""
+    """Return the recorded digests and the cached paths of files of a Hub repository, all of one commit.
+
+    `fresh` downloads the digests again; the ones in the cache stay there until that has succeeded.
+    """
     repo_id, _, revision = model_id.partition('@')
     revision = revision or None
     record = read_digests(PACKAGED / DIGESTS_NAME) if (PACKAGED / DIGESTS_NAME).exists() else {}
@@ -197,7 +212,7 @@ def _locate(
     paths = {}
     if None in digests.values():
         try:
-            paths[DIGESTS_NAME] = _download(repo_id, DIGESTS_NAME, revision, cache_dir)
+            paths[DIGESTS_NAME] = _download(repo_id, DIGESTS_NAME, revision, cache_dir, fresh)
         except RemoteEntryNotFoundError as error:
             raise RuntimeError(
                 f'{repo_id} has no file {DIGESTS_NAME}, so its weights cannot be checked. '
@@ -220,20 +235,31 @@ def _fetch(model_id: str, filenames: tuple[str, ...], cache_dir: str | PathLike 
         filenames: Files of the repository.
         cache_dir: Cache of the Hugging Face client, its own choice if None.
     """
-    before: dict[str, bytes] = {}
-    for _ in range(2):
-        digests, paths = _locate(model_id, filenames, cache_dir)
-        files = {name: paths[name].read_bytes() for name in filenames}
-        wrong = [name for name in filenames if digest(files[name]) != digests.get(name)]
+    mismatch, before = None, {}
+    for _ in range(ROUNDS):
+        try:
+            digests, paths = _locate(model_id, filenames, cache_dir, fresh=mismatch is not None)
+            files = {name: paths[name].read_bytes() for name in filenames}
+        except FileNotFoundError:
+            continue  # another process has just removed a file that differs
+        except (OSError, RuntimeError) as error:
+            if mismatch is None:
+                raise
+            raise DigestError(f'{mismatch} It has left the cache, and {error}') from error
+        wrong = {name: _mismatch(f'{name} of {model_id}', files[name], digests.get(name)) for name in filenames}
+        wrong = {name: error for name, error in wrong.items() if error}
         if not wrong:
             break
-        _logger.warning(f'{" and ".join(wrong)} of {model_id} differ from the recorded digests and leave the cache.')
-        for path in (paths[name] for name in (DIGESTS_NAME, *wrong) if name in paths):
-            path.resolve().unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-        before = files
+        for name in wrong:
+            paths[name].resolve().unlink(missing_ok=True)
+            paths[name].unlink(missing_ok=True)
+        error = next(iter(wrong.values()))
+        if mismatch is not None:
+            raise error
+        _logger.warning(f'{error} It leaves the cache and is downloaded once more.')
+        mismatch, before = error, files
     else:
-        _check(f'{wrong[0]} of {model_id}', files[wrong[0]], digests.get(wrong[0]))
+        raise OSError(f'The files of {model_id} keep vanishing from the cache.')
     if before and before.get(CONFIG_NAME) != files.get(CONFIG_NAME):
         # timm has built its arguments from the damaged file by now
         raise DigestError(f'{CONFIG_NAME} of {model_id} was damaged in the cache and has been replaced, load it again.')
