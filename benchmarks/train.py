@@ -1,30 +1,36 @@
 #!/usr/bin/env python3
 """Images per second of training, against the paper's implementation, in one run.
 
-    python benchmarks/train.py [--models hne_resnet50_c8 hne_resnet50_c16] [--device cuda] [--output FILE.json]
+    python benchmarks/train.py [--models hne_resnet50_c8 hne_resnet50_c16] [--device cuda] [--output FILE]
 
 A step is forward, loss (hierarchical co-distillation), backward and optimiser. The paper's network replicates feature
 maps and its loss loops over the members; it starts from the same weights, and the first losses must agree. It is run in
-the memory format of its time and in ours, channels_last. On a CPU, all of them run with the trainer's memory setting.
+the memory format of its time and in ours, channels_last. On a CPU the trainer makes the C library keep freed memory
+(`timm_hne/memory.py`), which speeds up every network; `as it was` is the paper's network before that.
 """
 import argparse
 import functools
+import shlex
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from common import machine, markdown_table, paired_medians, write_json
+from common import describe_machine, machine, markdown_table, paired_medians, write_json, write_text
 from paper import PaperNetwork
 
 from timm_hne.data import MemoryLoader
 from timm_hne.losses import HNELoss
+from timm_hne.memory import keep_freed_memory
 from timm_hne.task import HNETask
-from timm_hne.trainer import keep_freed_memory
 from timm_hne.tree import prefixes
 
 PAPER = 'paper'
+AS_IT_WAS = 'paper, as it was'
+RESULTS = Path(__file__).parents[1] / 'docs' / 'results'
 LOSS_SHAPE = (256, 16, 1000)  # images, members, classes
 
 
@@ -101,7 +107,14 @@ def create_steps(name: str, device: torch.device, amp: bool, compiled: bool) -> 
     return steps
 
 
-def measure(name: str, device: torch.device, amp: bool, args: argparse.Namespace) -> dict:
+def measure_as_it_was(name: str, device: torch.device, amp: bool, args: argparse.Namespace) -> float:
+    """Seconds of a step of the paper's network, to be measured before the C library keeps freed memory."""
+    step = create_steps(name, device, amp, compiled=False)[PAPER]
+    batch = torch.randn(args.batch_size, 3, 32, 32, device=device), torch.arange(args.batch_size, device=device) % 10
+    return paired_medians({PAPER: waiting(step, device, *batch)}, args.repeats, args.warmup)[PAPER]
+
+
+def measure(name: str, device: torch.device, amp: bool, args: argparse.Namespace, as_it_was: float) -> dict:
     """Compare the steps of one model in one precision."""
     steps = create_steps(name, device, amp, args.compile)
     pixels = torch.randint(0, 256, (4 * args.batch_size, 3, 32, 32), dtype=torch.uint8)
@@ -116,6 +129,7 @@ def measure(name: str, device: torch.device, amp: bool, args: argparse.Namespace
         {label: waiting(step, device, *batch) for label, step in steps.items()}, args.repeats, args.warmup)
 
     best = min(seconds, key=seconds.get)
+    seconds = {AS_IT_WAS: as_it_was, **seconds}
 
     def epoch(step: Callable) -> None:
         for images, target in loader:
@@ -131,7 +145,7 @@ def measure(name: str, device: torch.device, amp: bool, args: argparse.Namespace
         'precision': 'bfloat16' if amp else 'float32',
         'batch_size': args.batch_size,
         'images_per_second': {label: args.batch_size / value for label, value in seconds.items()},
-        'speedup': {label: seconds[PAPER] / value for label, value in seconds.items()},
+        'speedup': {label: as_it_was / value for label, value in seconds.items()},
         'with_loader': {'step': best, **{label: len(loader) * args.batch_size / t for label, t in both.items()}},
         'loss_share': measure_loss(device, args.repeats) / (min(seconds.values()) / args.batch_size * LOSS_SHAPE[0]),
     }
@@ -160,16 +174,18 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--warmup', type=int, default=1)
     parser.add_argument('--compile', action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument('--output', help='JSON file')
+    parser.add_argument('--output', type=Path, default=RESULTS / 'train', help='path of the results, without suffix')
     args = parser.parse_args()
     device = torch.device(args.device)
+    cases = [(name, device, dtype == 'bfloat16', args) for name in args.models for dtype in args.precisions]
+    before = [measure_as_it_was(*case) for case in cases]
     if device.type == 'cpu':
         keep_freed_memory()
-    results = [measure(name, device, dtype == 'bfloat16', args) for name in args.models for dtype in args.precisions]
+    results = [measure(*case, as_it_was) for case, as_it_was in zip(cases, before)]
     labels = list(results[0]['images_per_second'])
-    speeds, ratios = [f'{label}, images/s' for label in labels], [f'{label} / paper' for label in labels[1:]]
+    speeds, ratios = [f'{label}, images/s' for label in labels], [f'{label} / first' for label in labels[1:]]
     header = ['model', 'precision', *speeds, *ratios, 'loader', 'step', 'both', 'loss %']
-    print(markdown_table(header, [
+    table = markdown_table(header, [
         [
             result['model'],
             result['precision'],
@@ -179,9 +195,14 @@ def main() -> None:
             f'{100 * result["loss_share"]:.2f}',
         ]
         for result in results
-    ]))
+    ])
+    print(table)
     if args.output:
-        write_json(args.output, {'machine': machine(), 'loss_shape': LOSS_SHAPE, 'results': results})
+        command = f'python benchmarks/train.py {shlex.join(sys.argv[1:])}'.strip()
+        text = f'# Training steps\n\nMachine: {describe_machine()}.\n\nWritten by `{command}`.\n\n{table}'
+        write_text(args.output.with_suffix('.md'), text)
+        write_json(args.output.with_suffix('.json'), {
+            'command': command, 'machine': machine(), 'loss_shape': LOSS_SHAPE, 'results': results})
 
 
 if __name__ == '__main__':

@@ -38,6 +38,12 @@ def test_a_prefix_costs_what_a_tree_of_its_nodes_costs(nodes):
     assert compared >= 4
 
 
+@pytest.mark.parametrize('num_members', [3, 5])
+def test_an_extracted_prefix_costs_what_the_prefix_costs(num_members):
+    model = timm.create_model('hne_resnet50_c8')
+    assert cost_table(model.extract(num_members), 8) == cost_table(model, 8)[:num_members]
+
+
 def test_predicted_ratio_is_equation_8():
     row = cost_table(timm.create_model('hne_resnet50_c8', device='meta'), img_size=4)[-1]
     b = 4

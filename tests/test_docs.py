@@ -1,4 +1,4 @@
-"""The documentation is true: its commands are those of CI, its links lead somewhere, its outputs are what is printed."""
+"""The documentation is true: commands are those of CI, links lead somewhere, outputs are what is printed."""
 import re
 import shlex
 from pathlib import Path

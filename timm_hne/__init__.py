@@ -1,5 +1,6 @@
 """Hierarchical Neural Ensembles as timm models. Importing this package registers them."""
 from .budget import LatencyTable
+from .cost import cost_table
 from .ensemble import HierarchicalEnsemble
 from .hne_mobilenetv2 import HNEMobileNetV2
 from .hne_resnet import HNEResNet
@@ -21,6 +22,7 @@ __all__ = [
     'LatencyTable',
     '__version__',
     'calibrate_threshold',
+    'cost_table',
     'early_exit',
     'optimize_for_inference',
     'publish',

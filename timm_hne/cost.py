@@ -34,13 +34,17 @@ class MemberCost:
 
 
 def _scale_to_prefixes(model: HierarchicalEnsemble, costs: dict[str, int]) -> dict[int, int]:
-    """Turn the cost of all nodes of each part of the model into that of the nodes n members need, for n = 1..N."""
-    size = model.ensemble_size
-    nodes = {f'blocks.{b}': count for b, count in enumerate(model.nodes)} | {'hidden': size, 'classifier': size}
+    """Turn the cost of all members in each part of the model into that of the first n, for n = 1..N."""
+    leaves = model.num_leaves
+    nodes = {f'blocks.{b}': count for b, count in enumerate(model.nodes)} | {'hidden': leaves, 'classifier': leaves}
+
+    def used(part: str, num_members: int) -> int:
+        return node_span(nodes[part], 0, num_members, leaves)[1]
+
     return {
         # The nodes of a part are alike, so the division is exact.
-        n: sum(costs[part] // nodes[part] * node_span(nodes[part], 0, n, size)[1] for part in nodes)
-        for n in range(1, size + 1)
+        n: sum(costs[part] // used(part, model.ensemble_size) * used(part, n) for part in nodes)
+        for n in range(1, model.ensemble_size + 1)
     }
 
 
@@ -53,12 +57,17 @@ def member_macs(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | N
 
     Returns:
         MACs for n = 1..N.
+
+    Raises:
+        ValueError: `img_size` is None, and the model has no size of its own.
     """
     with warnings.catch_warnings():
         # Importing fvcore scripts functions of its own that have nothing to do with counting.
         warnings.simplefilter('ignore', FutureWarning)
         from fvcore.nn import FlopCountAnalysis
     if img_size is None:
+        if not hasattr(model, 'pretrained_cfg'):
+            raise ValueError('img_size must be given for a model that timm.create_model did not make.')
         img_size = model.pretrained_cfg['input_size'][1:]
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     # fvcore traces a forward pass, which needs memory but no particular values.
@@ -89,7 +98,7 @@ def cost_table(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | No
     macs, params = member_macs(model, img_size), member_params(model)
     rows = []
     for n in macs:
-        nodes = sum(node_span(count, 0, n, model.ensemble_size)[1] for count in model.nodes)
+        nodes = sum(node_span(count, 0, n, model.num_leaves)[1] for count in model.nodes)
         rows.append(MemberCost(
             num_members=n,
             macs=macs[n],
@@ -101,6 +110,7 @@ def cost_table(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | No
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `timm-hne cost`."""
     parser.add_argument('name', help='a registered model, e.g. hne_resnet50_c16')
     parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='height and width, or one for both')
     parser.add_argument('--num-classes', type=int)

@@ -82,6 +82,4 @@ def extract(model: HierarchicalEnsemble, num_members: int) -> HierarchicalEnsemb
     result.num_members = num_members
     result.num_features = nodes[-1] * result.blocks[-1].out_channels
     result.head_hidden_size = model.head_hidden_size // model.num_leaves * nodes[-1]
-    for block, info in zip(result.blocks, result.feature_info):
-        info['num_chs'] = node_span(block.nodes, 0, num_members, nodes[-1])[1] * block.out_channels
     return result
