@@ -8,9 +8,11 @@ import torch
 from test_inference import images, small_resnet
 
 from timm_hne import export as export_module
+from timm_hne import optimize
 from timm_hne.__main__ import main
 from timm_hne.cost import member_params
 from timm_hne.export import export
+from timm_hne.optimize import optimize_for_inference
 
 NODES = (1, 1, 2, 2, 4)
 
@@ -68,6 +70,18 @@ def test_export_refuses(tmp_path, kwargs, error, words):
 def test_a_model_in_training_mode_is_refused(tmp_path):
     with pytest.raises(ValueError, match='training mode'):
         export(small_resnet(NODES).train(), tmp_path / 'program', 1)
+
+
+def test_what_is_no_original_is_refused(tmp_path):
+    fast = optimize_for_inference(small_resnet(NODES), compile=False)
+    for model in (fast, torch.nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match=r'model must be an hne_\* model, not an optimised one'):
+            export(model, tmp_path / 'program', 1)
+
+
+def test_the_memory_of_the_process_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(optimize, 'keep_freed_memory', lambda: pytest.fail('keep_freed_memory was called'))
+    export(small_resnet(NODES), tmp_path / 'program', 1, 'torch.export', (3, 8, 8))
 
 
 def test_command(tmp_path, capsys):

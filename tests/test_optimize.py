@@ -79,6 +79,7 @@ def test_formulations_agree(name, stride, parents, nodes):
     folded.formulations[0, nodes, False] = name
     with torch.no_grad():
         torch.testing.assert_close(folded(x), layer(x), rtol=1e-5, atol=1e-5)
+        assert folded(x[:0]).shape == (0, nodes * 5, *layer(x).shape[2:])
 
 
 def test_the_fastest_formulation_is_chosen_once_and_remembered(monkeypatch):
@@ -221,6 +222,24 @@ def test_graphs_are_made_lazily_and_again_after_a_move(traced):
     assert len(traced) == 2
 
 
+def test_what_was_measured_is_measured_again_after_a_move(monkeypatch):
+    model, x, measured = small_resnet(), images(), []
+
+    def seconds(functions, device):
+        measured.append(set(functions))
+        return {name: float(name not in ('channels_last', 'per_node')) for name in functions}
+
+    monkeypatch.setattr(optimize, '_time', seconds)
+    fast = optimize_for_inference(model, x, compile=False)
+    count = len(measured)
+    assert any(module.formulations for module in fast.modules() if isinstance(module, FoldedConv))
+    fast.double()
+    assert fast.memory_format is None
+    assert not any(module.formulations for module in fast.modules() if isinstance(module, FoldedConv))
+    assert_like(fast(x), model(x))
+    assert len(measured) == 2 * count
+
+
 def test_a_copy_compiles_for_itself(traced):
     model, x = tiny_ensemble(), images()
     fast = optimize_for_inference(model, x)
@@ -274,8 +293,15 @@ def test_refused_calls():
         fast(torch.zeros(1, 1, 8, 8))
     with pytest.raises(ValueError, match='cannot be trained'):
         fast.train()
-    with pytest.raises(RuntimeError, match='cannot load weights'):
+    with pytest.raises(RuntimeError, match='cannot load weights; do it to the original'):
         fast.load_state_dict({})
+    for call in (
+            lambda: fast.extract(1), lambda: fast.init_weights(), lambda: fast.reset_classifier(3),
+            lambda: fast.prune_intermediate_layers(1),
+    ):
+        with pytest.raises(RuntimeError, match='do it to the original'):
+            call()
+    assert fast(images()).shape == (3, 10)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')

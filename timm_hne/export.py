@@ -63,10 +63,12 @@ def export(
         The path.
 
     Raises:
-        TypeError: `num_members` is not an integer.
+        TypeError: `num_members` is not an integer, or `model` is no `hne_*` model, or an optimised one.
         ValueError: An argument is out of range, or the model is in training mode or has no classifier.
         RuntimeError: The program's logits differ from the model's; no file is left then.
     """
+    if not isinstance(model, HierarchicalEnsemble):
+        raise TypeError(f'model must be an hne_* model, not an optimised one, got {type(model).__name__}.')
     check_ready(model)
     if format not in FORMATS:
         raise ValueError(f'format must be one of {", ".join(FORMATS)}, got {format!r}.')
@@ -74,7 +76,8 @@ def export(
     if len(input_size) != 3 or input_size[0] != model.in_chans or min(input_size) < 1:
         raise ValueError(f'input_size must be ({model.in_chans}, height, width) in pixels, got {input_size}.')
     path = Path(path)
-    prefix = optimize_for_inference(model.extract(num_members).cpu().float(), compile=False).uncompiled()
+    prefix = model.extract(num_members).cpu().float()
+    prefix = optimize_for_inference(prefix, compile=False, keep_memory=False).uncompiled()
     images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), warnings.catch_warnings():
         # Of the exporter's own making.

@@ -36,7 +36,7 @@ def _matmul(conv: BranchedConv2d, x: Tensor, weight: Tensor, bias: Tensor, paren
     features = x.permute(0, 2, 3, 1).reshape(batch * height * width, parents, channels // parents)
     weight = weight.view(parents, -1, channels // parents).transpose(1, 2)
     x = torch.baddbmm(bias.view(parents, 1, -1), features.transpose(0, 1), weight)
-    return x.transpose(0, 1).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+    return x.transpose(0, 1).reshape(batch, height, width, len(bias)).permute(0, 3, 1, 2)
 
 
 def _per_node(conv: BranchedConv2d, x: Tensor, weight: Tensor, bias: Tensor, parents: int) -> Tensor:
@@ -146,6 +146,14 @@ def _with_own_code(function: Callable) -> Callable:
     return types.FunctionType(code, function.__globals__, name, defaults, function.__closure__)
 
 
+def _refused(name: str) -> Callable:
+    def refuse(self, *args, **kwargs) -> None:
+        raise RuntimeError(f'An optimised model cannot {name}; do it to the original and optimise that.')
+
+    refuse.__doc__ = 'Refuse: compiled programs are of the model as it is.'
+    return refuse
+
+
 class OptimizedEnsemble(nn.Module):
     """What `optimize_for_inference` returns: a frozen, folded ensemble with the interface of the original.
 
@@ -185,6 +193,11 @@ class OptimizedEnsemble(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> 'OptimizedEnsemble':
         super()._apply(fn, recurse)
         self.dtype = next(self.model.parameters()).dtype
+        # All that was measured was measured elsewhere, or in another type.
+        self.memory_format = None
+        for module in self.model.modules():
+            if isinstance(module, FoldedConv):
+                module.formulations.clear()
         self._programs.clear()
         return self
 
@@ -194,9 +207,11 @@ class OptimizedEnsemble(nn.Module):
             raise ValueError('mode must be False: an optimised model cannot be trained; train the original.')
         return super().train(False)
 
-    def load_state_dict(self, *args, **kwargs) -> None:
-        """Refuse: the weights are part of compiled programs."""
-        raise RuntimeError('An optimised model cannot load weights; load them into the original and optimise that.')
+    load_state_dict = _refused('load weights')
+    extract = _refused('extract')
+    init_weights = _refused('init_weights')
+    reset_classifier = _refused('reset_classifier')
+    prune_intermediate_layers = _refused('prune_intermediate_layers')
 
     def uncompiled(self) -> HierarchicalEnsemble:
         """Return a copy of the folded model with all convolutions as such, for tools that read or trace it."""
@@ -338,6 +353,7 @@ def optimize_for_inference(
         example_input: Tensor | None = None,
         compile: bool = True,
         dtype: torch.dtype | None = None,
+        keep_memory: bool = True,
 ) -> OptimizedEnsemble:
     """Return a fast version of a model with the same `forward(x, num_members=None)`.
 
@@ -346,8 +362,8 @@ def optimize_for_inference(
     is fastest on this device; this is measured once per kind of convolution and remembered. For each number of members
     asked for there is one compiled program for all batch sizes, and one for single images, made when first needed.
 
-    On a CPU with Linux the C library is told to keep freed memory, for the whole process: feature maps of a large batch
-    would otherwise come back from the system page by page, each time.
+    On a CPU with Linux the C library is told to keep freed memory, for the whole process and for good: feature maps of
+    a large batch would otherwise come back from the system page by page, each time.
 
     The results are those of the original within 1e-4 of the largest logit in float32 and within 5e-2 in bfloat16.
 
@@ -356,6 +372,7 @@ def optimize_for_inference(
         example_input: Images `(B, C, H, W)` as they will come; measuring and compiling for them is then done at once.
         compile: Use `torch.compile`. Where it fails, the result runs eagerly, after a warning.
         dtype: Type to compute in, e.g. `torch.bfloat16`; the model's own if None. Logits have the original's type.
+        keep_memory: Let the process keep freed memory on a CPU, as said above.
 
     Raises:
         TypeError: `model` is no `hne_*` model, or `dtype` no floating point type.
@@ -372,7 +389,7 @@ def optimize_for_inference(
         model = copy.deepcopy(model).requires_grad_(False)
         _fold(model)
         model = model.to(dtype)
-    if next(model.parameters()).device.type == 'cpu':
+    if keep_memory and next(model.parameters()).device.type == 'cpu':
         keep_freed_memory()
     optimized = OptimizedEnsemble(model, compile, output_dtype)
     if example_input is not None:
