@@ -1,5 +1,6 @@
 """The keys of a training recipe."""
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
@@ -8,6 +9,26 @@ from typing import Any, get_args, get_origin
 from .losses import OBJECTIVES
 
 __all__ = ['TrainConfig']
+
+# Keys, what their values must be, and the test of each number. A key without a value is always in range.
+_RANGES = (
+    (
+        ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'max_train_images', 'num_classes', 'img_size',
+         'in_chans'),
+        'at least 1', lambda x: x >= 1,
+    ),
+    (('num_workers', 'crop_padding', 'seed'), 'at least 0', lambda x: x >= 0),
+    (('val_fraction', 'smoothing', 'ema_decay'), 'at least 0 and below 1', lambda x: 0 <= x < 1),
+    (('hflip', 'alpha'), 'from 0 to 1', lambda x: 0 <= x <= 1),
+    (('scale', 'crop_pct'), 'above 0 and at most 1', lambda x: 0 < x <= 1),
+    (('std', 'temperature', 'clip_grad'), 'above 0 and finite', lambda x: 0 < x < math.inf),
+    (('mean',), 'finite', math.isfinite),
+    (
+        ('lr', 'momentum', 'weight_decay', 'warmup_epochs', 'warmup_lr', 'min_lr', 'decay_rate', 'color_jitter',
+         'mixup', 'cutmix'),
+        'at least 0 and finite', lambda x: 0 <= x < math.inf,
+    ),
+)
 
 
 @dataclass(kw_only=True)
@@ -99,12 +120,17 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {getattr(self, name)!r}.')
-        for name in ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}.')
-        for name in ('val_fraction', 'smoothing', 'ema_decay'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f'{name} must be at least 0 and below 1, got {getattr(self, name)}.')
+        for names, allowed, fits in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not all(map(fits, value if isinstance(value, tuple) else (value,))):
+                    raise ValueError(f'{name} must be {allowed}, got {value}.')
+        if len(self.scale) != 2 or self.scale[0] > self.scale[1]:
+            raise ValueError(f'scale must be two numbers, the smaller first, got {self.scale}.')
+        for name in ('num_classes', 'in_chans', 'pretrained'):
+            if name in self.model_kwargs:
+                key = 'initial_checkpoint' if name == 'pretrained' else name
+                raise ValueError(f'model_kwargs must not hold {name}, use the key {key}.')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f'batch_size must be even for mixup and cutmix, got {self.batch_size}.')
 
