@@ -341,6 +341,23 @@ def test_unknown_key_names_the_nearest(options):
     ({'unreadable': 'ignore'}, ValueError, 'unreadable must be one of error, skip'),
     ({'val_fraction': 1.}, ValueError, 'val_fraction must be at least 0 and below 1'),
     ({'mixup': 0.2, 'batch_size': 3}, ValueError, 'batch_size must be even'),
+    ({'max_train_images': -5}, ValueError, 'max_train_images must be at least 1, got -5'),
+    ({'max_train_images': 0}, ValueError, 'max_train_images must be at least 1'),
+    ({'img_size': 0}, ValueError, 'img_size must be at least 1'),
+    ({'crop_padding': -1}, ValueError, 'crop_padding must be at least 0'),
+    ({'hflip': 1.5}, ValueError, 'hflip must be from 0 to 1'),
+    ({'scale': (0., 1.)}, ValueError, 'scale must be above 0 and at most 1'),
+    ({'scale': (0.5,)}, ValueError, 'scale must be two numbers'),
+    ({'scale': (0.9, 0.1)}, ValueError, 'scale must be two numbers, the smaller first'),
+    ({'std': (0.2, 0., 0.2)}, ValueError, 'std must be above 0'),
+    ({'mean': (0.2, math.nan, 0.2)}, ValueError, 'mean must be finite'),
+    ({'lr': math.nan}, ValueError, 'lr must be at least 0 and finite'),
+    ({'lr': math.inf}, ValueError, 'lr must be at least 0 and finite'),
+    ({'weight_decay': -1.}, ValueError, 'weight_decay must be at least 0 and finite'),
+    ({'clip_grad': 0.}, ValueError, 'clip_grad must be above 0'),
+    ({'model_kwargs': {'num_classes': 3}}, ValueError, 'model_kwargs must not hold num_classes, use the key num_cl'),
+    ({'model_kwargs': {'in_chans': 1}}, ValueError, 'model_kwargs must not hold in_chans, use the key in_chans'),
+    ({'model_kwargs': {'pretrained': True}}, ValueError, 'must not hold pretrained, use the key initial_checkpoint'),
 ])
 def test_bad_values_are_named(values, error, message):
     with pytest.raises(error, match=message):
@@ -435,3 +452,48 @@ def test_options_override_the_recipe(tmp_path):
 def test_unknown_recipe_lists_those_there_are():
     with pytest.raises(FileNotFoundError, match=r"no recipe 'cifar'; .*cifar10\.yaml, .*imagenet\.yaml"):
         load_script().parse_args(['--recipe', 'cifar'])
+
+
+def test_text_options_are_taken_literally():
+    assert load_script().parse_args(['--data-dir', '2024']).data_dir == '2024'
+
+
+def test_unknown_option_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_script().parse_args(['--weigth-decay=1'])
+    assert caught.value.code == 2
+    assert "unknown argument '--weigth-decay=1', did you mean '--weight-decay'?" in capsys.readouterr().err
+
+
+def test_bad_yaml(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        load_script().parse_args(['--mean', '[0.1'])
+    assert "argument --mean: '[0.1' is not YAML" in capsys.readouterr().err
+    (tmp_path / 'bad.yaml').write_text('{epochs: [')
+    with pytest.raises(ValueError, match=r'recipe .*bad\.yaml is not YAML'):
+        load_script().read_recipe(str(tmp_path / 'bad.yaml'))
+
+
+def test_a_recipe_must_not_be_its_own_base(tmp_path):
+    (tmp_path / 'a.yaml').write_text('base: b.yaml')
+    (tmp_path / 'b.yaml').write_text('base: a.yaml')
+    with pytest.raises(ValueError, match=r'is its own base: a\.yaml -> b\.yaml -> a\.yaml'):
+        load_script().read_recipe(str(tmp_path / 'a.yaml'))
+
+
+@pytest.mark.parametrize('error', [
+    NonFiniteLossError('the loss\nis not finite'), ImportError('no package'), OSError('no file'), ValueError('bad'),
+    TypeError('bad'),
+])
+def test_script_ends_with_one_line(monkeypatch, error):
+    script = load_script()
+
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(script, 'train', fail)
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    with pytest.raises(SystemExit) as caught:
+        script.main()
+    # A text as the code is what Python prints before it exits with 1.
+    assert caught.value.code == f'train.py: {" ".join(str(error).split())}'
