@@ -280,7 +280,8 @@ def _is_prefix(nodes: tuple[int, ...], tree: tuple[int, ...]) -> bool:
 
 
 def _rows(weights: dict[str, torch.Tensor], name: str) -> int:
-    return weights[name].shape[0] if name in weights and weights[name].ndim else 0
+    # an empty tensor may claim any number of rows
+    return weights[name].shape[0] if name in weights and weights[name].ndim and weights[name].numel() else 0
 
 
 def _check_config(
@@ -292,11 +293,20 @@ def _check_config(
 ) -> None:
     """Compare the sizes in a `config.json` with the tensors before memory is allocated for them."""
     nodes = validate_nodes(args['nodes']) if 'nodes' in args else None
+    for name, stated in ('num_classes', cfg.num_classes), ('in_chans', cfg.input_size[0]):
+        if args.get(name, stated) != stated:
+            raise ValueError(f'{CONFIG_NAME} contradicts itself: {name} is {args[name]!r} as well as {stated}.')
     classes = _rows(weights, f'{CLASSIFIER}.weight')
     if nodes is not None and nodes[-1] * cfg.num_classes != classes:
         raise ValueError(
             f'{CONFIG_NAME} does not belong to the weights: nodes={nodes} and num_classes={cfg.num_classes} make '
             f'{nodes[-1] * cfg.num_classes} classifier outputs, the weights have {classes}.')
+    for b, count in enumerate(nodes or ()):
+        rows = {_rows(weights, name) for name in weights if name.startswith(f'blocks.{b}.') and weights[name].ndim}
+        if not rows or 0 in rows or any(number % count for number in rows):
+            raise ValueError(
+                f'{CONFIG_NAME} does not belong to the weights: nodes={nodes} make {count} nodes in block {b}, the '
+                f'tensors there have {sorted(rows)} rows.')
     stem = weights.get(f'{cfg.first_conv}.weight')
     if stem is None or stem.shape[1] != cfg.input_size[0]:
         raise ValueError(
