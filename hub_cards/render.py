@@ -16,7 +16,7 @@ from pathlib import Path
 import timm
 import yaml
 
-from timm_hne.publish import CARD_NAME, PLOT_NAME, RECIPE_NAME, RESULTS_NAME, write_folder
+from timm_hne.publishing import CARD_NAME, PLOT_NAME, RECIPE_NAME, RESULTS_NAME, write_folder
 
 ROOT = Path(__file__).parent
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 
 import timm_hne.hub
 from timm_hne.hub import DigestError, packaged, read_digests
-from timm_hne.publish import write_folder
+from timm_hne.publishing import write_folder
 
 NODES = (1, 1, 2, 4, 8)
 NAME = 'hf-hub:alice/net'
@@ -512,22 +512,7 @@ def test_another_architecture(hub, files):
         load()
 
 
-@pytest.mark.parametrize('change', [
-    dict(model_args=dict(nodes=[1, 1, 2, 4, 4])),
-    dict(model_args=dict(nodes=[1, 2, 4, 4, 8])),
-    dict(model_args=dict(nodes=[8, 8, 8, 8, 8])),
-    dict(model_args=dict(nodes=[1, 1, 2, 4, 2 ** 40])),
-    dict(model_args=dict(nodes=[1, 1, 2, 4, '8'])),
-    dict(model_args=dict(nodes=None)),
-    dict(model_args=dict(width=10 ** 9)),
-    dict(model_args=dict(width=2000)),
-    dict(model_args=dict(in_chans=10 ** 9)),
-    dict(model_args=dict(num_members=10 ** 9)),
-    dict(num_classes=10 ** 12),
-    dict(num_classes=3),
-    dict(pretrained_cfg=dict(first_conv='blocks.1.0.conv1.conv')),
-])
-def test_a_config_that_was_tampered_with(hub, files, change):
+def tamper(hub, files, change):
     config = json.loads(files['config.json'])
     for key, value in change.items():
         if isinstance(value, dict):
@@ -535,9 +520,44 @@ def test_a_config_that_was_tampered_with(hub, files, change):
         else:
             config[key] = value
     put(hub, files, config_json=json.dumps(config).encode())
+
+
+@pytest.mark.parametrize('change', [
+    dict(model_args=dict(nodes=[1, 1, 2, 4, 4])),
+    dict(model_args=dict(nodes=[1, 1, 2, 16, 16], num_classes=5), num_classes=5),
+    dict(model_args=dict(nodes=[1, 2, 4, 4, 8])),
+    dict(model_args=dict(nodes=[8, 8, 8, 8, 8])),
+    dict(model_args=dict(nodes=[1, 1, 2, 4, 2 ** 40])),
+    dict(model_args=dict(nodes=[1, 1, 2, 4, '8'])),
+    dict(model_args=dict(nodes=None)),
+    dict(model_args=dict(width=10 ** 9)),
+    dict(model_args=dict(width=2000)),
+    dict(model_args=dict(num_members=10 ** 9)),
+    dict(num_classes=10 ** 12),
+    dict(num_classes=3),
+    dict(pretrained_cfg=dict(first_conv='blocks.1.0.conv1.conv')),
+])
+def test_a_config_that_was_tampered_with(hub, files, change):
+    tamper(hub, files, change)
     with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
         load()
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize('change', [
+    dict(model_args=dict(num_classes=20)),
+    dict(model_args=dict(num_classes=10 ** 9)),
+    dict(model_args=dict(num_classes='10')),
+    dict(model_args=dict(in_chans=10 ** 9)),
+    dict(model_args=dict(in_chans=1)),
+    dict(model_args=dict(nodes=[80] * 5, num_classes=1), num_classes=1),
+    dict(model_args=dict(nodes=[1, 1, 2, 4])),
+])
+def test_a_config_is_refused_before_there_is_a_model(hub, files, change, monkeypatch):
+    tamper(hub, files, change)
+    monkeypatch.setattr(timm_hne.HNEResNet, '__init__', lambda *args, **kwargs: pytest.fail('a model was made'))
+    with pytest.raises(ValueError, match=r'config\.json (contradicts itself|does not belong to the weights)'):
+        load()
 
 
 def test_a_config_without_nodes(hub, files):

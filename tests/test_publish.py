@@ -1,9 +1,9 @@
 """Publishing to a Hub that is strict, and that fails at every step."""
 import argparse
 import json
+import pkgutil
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from test_hub import NODES, results_of, trained_model
 
+import timm_hne
 from timm_hne.__main__ import main
 from timm_hne.hub import read_digests
-from timm_hne.publish import publish
+from timm_hne.publishing import publish
 
 FILES = {
     'README.md', 'SHA256SUMS', 'accuracy.png', 'config.json', 'evaluation.json', 'model.safetensors', 'recipe.yaml'}
@@ -41,7 +42,7 @@ def alice(hub, monkeypatch, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Drawing takes longer than all else."""
-    monkeypatch.setattr(sys.modules['timm_hne.publish'], '_plot', lambda rows, path: path.write_bytes(b'a plot'))
+    monkeypatch.setattr(timm_hne.publishing, '_plot', lambda rows, path: path.write_bytes(b'a plot'))
 
 
 def send(model, repo_id='alice/net', **kwargs):
@@ -71,6 +72,11 @@ def test_publish(alice, model):
     assert not alice.repos['alice/net'].private
     assert Path('net/model.safetensors').stat().st_mode == Path('net/config.json').stat().st_mode
     assert model.training is False and next(model.parameters()).dtype == torch.float32
+
+
+def test_no_module_has_the_name_of_a_function():
+    """Importing such a module would replace the function."""
+    assert not {module.name for module in pkgutil.iter_modules(timm_hne.__path__)} & set(timm_hne.__all__)
 
 
 def test_the_same_thing_twice_is_one_commit(alice, model):

@@ -7,7 +7,7 @@ from .hne_resnet import HNEResNet
 from .inference import calibrate_threshold, early_exit
 from .losses import HNELoss
 from .optimize import optimize_for_inference
-from .publish import publish
+from .publishing import publish
 from .runner import AdaptiveRunner
 from .task import HNETask
 from .version import __version__

@@ -13,7 +13,7 @@ COMMANDS = {
     'eval': ('evaluate', 'measure accuracy, diversity and calibration for every number of members'),
     'bench': ('budget', 'measure the latency of every number of members on this machine'),
     'export': ('export', 'write one ONNX or torch.export program per number of members'),
-    'publish': ('publish', 'publish a checkpoint on the Hugging Face Hub'),
+    'publish': ('publishing', 'publish a checkpoint on the Hugging Face Hub'),
 }
 
 
