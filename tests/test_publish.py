@@ -97,6 +97,9 @@ def test_private_and_branch(alice, model):
     loaded = timm.create_model('hf-hub:alice/net@dev', pretrained=True)
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
     assert loaded.pretrained_cfg['label_names'] == list('abcdefghij')
+    card = ModelCard.load('net/README.md')
+    assert "timm.create_model('hf-hub:alice/net@dev', pretrained=True)" in card.text
+    assert card.data.model_name == 'net'
 
 
 def test_dry_run(alice, model):

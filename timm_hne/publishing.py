@@ -79,7 +79,8 @@ def publish(
     if repo_id.count('/') != 1:
         raise ValueError(f"repo_id must be 'user/name', got {repo_id!r}.")
     folder = Path(repo_id.split('/')[1] if folder is None else folder)
-    files = write_folder(model, folder, f'hf-hub:{repo_id}', results, recipe, dtype, label_names, data_config)
+    source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision != 'main' else '')
+    files = write_folder(model, folder, source, results, recipe, dtype, label_names, data_config)
     if dry_run:
         return str(folder)
     try:
@@ -232,7 +233,7 @@ def render_card(config: Mapping[str, Any], source: str, results: Mapping[str, An
     """
     cfg = config['pretrained_cfg']
     nodes = config['model_args']['nodes']
-    name = source.split('/')[-1]
+    name = source.partition('@')[0].split('/')[-1]
     rows = [row for row in results['members'] if row['num_members'] in prefixes(nodes[-1])]
     evaluation = [
         EvalResult(
