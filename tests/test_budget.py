@@ -3,8 +3,10 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from test_inference import small_resnet
+from timm.models import save_for_hf
 
 import timm_hne
 from timm_hne import budget
@@ -135,6 +137,24 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         main(['bench', 'resnet18'])
     assert error.value.code == 1 and 'name must be one of' in capsys.readouterr().err
+
+
+def test_command_finds_out_about_a_bad_output_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(LatencyTable, 'measure', lambda *args, **kwargs: pytest.fail('measured'))
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit):
+        main(['bench', 'hne_resnet50_c8', '--mode', 'original', '--output', str(tmp_path / 'file' / 'table.json')])
+    assert 'file' in capsys.readouterr().err
+
+
+def test_command_with_a_model_in_a_folder(tmp_path, monkeypatch, capsys):
+    model = timm.create_model('hne_resnet50_c8', nodes=(1, 1, 1, 1, 1))
+    save_for_hf(model, tmp_path / 'model', model_args={'nodes': model.nodes})
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ['--output', 'a/b.json']):
+        main(['bench', 'local-dir:model', '--img-size', '8', '--batch-size', '1', '--repeats', '1', '--device', 'cpu',
+              '--mode', 'original', *more])
+    assert LatencyTable.load('model-latency.json').nodes == LatencyTable.load('a/b.json').nodes == (1, 1, 1, 1, 1)
 
 
 def test_public_name():

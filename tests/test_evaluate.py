@@ -1,5 +1,6 @@
 import argparse
 import hashlib
+import itertools
 import json
 import re
 import runpy
@@ -177,9 +178,11 @@ def test_checkpoint_that_cannot_be_read(tmp_path, model):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match='cannot be read'):
         load_checkpoint(path)
-    path.write_text('no checkpoint')
-    with pytest.raises(ValueError, match='cannot be read'):
-        load_checkpoint(path)
+    for name, content in itertools.product(('some.pth', 'some.safetensors'), (b'', b'no checkpoint', bytes(1000))):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f'checkpoint {path} cannot be read'):
+            load_checkpoint(path)
 
 
 def test_command_line(tmp_path, folder, model, capsys):

@@ -4,8 +4,10 @@ import math
 import onnx
 import onnxruntime
 import pytest
+import timm
 import torch
 from test_inference import images, small_resnet
+from timm.models import save_for_hf
 
 from timm_hne import export as export_module
 from timm_hne import optimize
@@ -85,15 +87,43 @@ def test_the_memory_of_the_process_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_command(tmp_path, capsys):
-    weights = tmp_path / 'weights.pth'
-    model = small_resnet(NODES, num_classes=7)
-    torch.save(model.state_dict(), weights)
     folder = tmp_path / 'programs'
     arguments = ['--nodes', *map(str, NODES), '--num-classes', '7', '--img-size', '8', '--format', 'torch.export']
-    with pytest.raises(SystemExit):  # hne_resnet50_c8 is wider than the model whose weights these are
-        main(['export', 'hne_resnet50_c8', *arguments, '--checkpoint', str(weights), '--output', str(folder)])
-    assert not folder.exists() or list(folder.iterdir()) == []
     main(['export', 'hne_resnet50_c8', *arguments, '--num-members', '1', '2', '--output', str(folder)])
     assert sorted(file.name for file in folder.iterdir()) == ['hne_resnet50_c8_1.pt2', 'hne_resnet50_c8_2.pt2']
     assert run_export(folder / 'hne_resnet50_c8_2.pt2', images(2)).shape == (2, 7)
     assert '2 members' in capsys.readouterr().out
+
+
+def test_command_reads_the_sizes_off_the_checkpoint(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = timm.create_model('hne_resnet50_c8', nodes=NODES, num_classes=7, in_chans=1).eval()
+    weights, folder = tmp_path / 'weights.pth', tmp_path / 'programs'
+    torch.save(model.state_dict(), weights)
+    arguments = ['export', 'hne_resnet50_c8', '--checkpoint', str(weights), '--img-size', '8', '--num-members', '1',
+                 '--format', 'torch.export', '--output', str(folder)]
+    main(arguments)
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(
+        run_export(folder / 'hne_resnet50_c8_1.pt2', x), model(x, num_members=1).detach(), rtol=1e-4, atol=1e-4)
+    for more, words in (
+            (['--num-classes', '5'], 'num_classes must be that of the checkpoint, 7'),
+            (['--nodes', '1', '1', '1', '1', '1'], 'nodes must be that of the checkpoint, (1, 1, 2, 2, 4)'),
+            (['--pretrained'], 'only one of --checkpoint and --pretrained'),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments + more)
+        assert words in capsys.readouterr().err
+    weights.write_bytes(b'')
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f'checkpoint {weights} cannot be read' in capsys.readouterr().err
+
+
+def test_command_with_a_model_in_a_folder(tmp_path):
+    model = timm.create_model('hne_resnet50_c8', nodes=(1, 1, 1, 1, 1))
+    save_for_hf(model, tmp_path / 'model', model_args={'nodes': model.nodes})
+    main(['export', f'local-dir:{tmp_path / "model"}', '--img-size', '8', '--format', 'torch.export',
+          '--output', str(tmp_path / 'programs')])
+    file, = (tmp_path / 'programs').iterdir()
+    assert file.name.endswith('model_1.pt2')

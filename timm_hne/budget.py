@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import safe_model_name
 
 from .cost import member_macs
 from .ensemble import HierarchicalEnsemble
@@ -240,9 +241,10 @@ def run(args: argparse.Namespace) -> None:
         model = model.to(dtype)
     else:
         model = optimize_for_inference(model, compile=args.mode == 'compiled', dtype=dtype)
+    output = Path(args.output or f'{safe_model_name(args.name)}-latency.json')
+    output.parent.mkdir(parents=True, exist_ok=True)
     table = LatencyTable.measure(
         model, input_size, args.batch_size, num_members=args.num_members, repeats=args.repeats)
-    output = args.output or f'{args.name}-latency.json'
     print(table)
     table.save(output)
     print(f'saved to {output}')

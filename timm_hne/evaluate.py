@@ -2,22 +2,20 @@
 import argparse
 import json
 import os
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data import create_loader, resolve_data_config
 from timm.models import load_state_dict
 from timm.utils import load_checkpoint_metadata
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from .cost import member_macs
-from .data import DIGITS, DigitsDataset, ImageSubset
+from .data import ImageSubset, num_classes_of, open_dataset
 from .ensemble import HierarchicalEnsemble
 from .metrics import EnsembleMetrics
 
@@ -112,7 +110,7 @@ def load_checkpoint(path: str | os.PathLike, name: str | None = None) -> tuple[H
     try:
         state = load_state_dict(path)
         metadata = {} if path.endswith('.safetensors') else load_checkpoint_metadata(path)
-    except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever the readers of two formats make of junk
         raise ValueError(f'checkpoint {path} cannot be read: {error}') from error
     config = metadata.get('args') or {}
     config = dict(config if isinstance(config, dict) else vars(config))
@@ -137,7 +135,9 @@ def load_checkpoint(path: str | os.PathLike, name: str | None = None) -> tuple[H
 
 
 def _create(name: str, **kwargs) -> HierarchicalEnsemble:
-    model = timm.create_model(name, **kwargs)
+    # timm's own models are refused before their weights are fetched.
+    is_timms = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm.')
+    model = None if is_timms else timm.create_model(name, **kwargs)
     if not isinstance(model, HierarchicalEnsemble):
         raise ValueError(f'model must be a hierarchical ensemble, such as {timm.list_models("hne_*")}, got {name!r}.')
     return model
@@ -156,47 +156,13 @@ def _sizes(state: dict[str, torch.Tensor], model: HierarchicalEnsemble) -> dict[
     }
 
 
-def open_dataset(name: str, root: str | None, split: str, in_chans: int, num_classes: int) -> Dataset:
-    """Open images for evaluation.
-
-    Args:
-        name: timm's name of a data set ('' for an image folder, 'torch/cifar10', 'hfds/...', 'wds/...'), or 'digits'.
-        root: Folder of the data.
-        split: Name of the split.
-        in_chans: Channels of the images, 1 or 3.
-        num_classes: Number of classes of the model.
-
-    Raises:
-        FileNotFoundError: The folder does not exist, or it holds no images of the split.
-        ValueError: The data set has another number of classes or channels.
-    """
-    if name == DIGITS:
-        if in_chans != 1:
-            raise ValueError(f'{DIGITS} are grey images, the model takes images of {in_chans} channels.')
-        dataset = DigitsDataset(train=split == 'train')
-    else:
-        if '/' not in name and not (root and Path(root).exists()):
-            raise FileNotFoundError(f'data_dir must be the folder of the images, got {root!r}, which does not exist.')
-        try:
-            dataset = create_dataset(name, root, split, input_img_mode='L' if in_chans == 1 else 'RGB')
-        except RuntimeError as error:
-            raise FileNotFoundError(f'data_dir {root!r} holds no images of the split {split!r}: {error}') from error
-        reader = getattr(dataset, 'reader', None)
-        if isinstance(reader, ReaderImageFolder):
-            folders = {Path(file).relative_to(reader.root).parts[0] for file, _ in reader.samples}
-            # timm takes all images below data_dir if it finds no folder of the split.
-            if not folders <= set(reader.class_to_idx):
-                raise FileNotFoundError(
-                    f'data_dir {root!r} has no folder of the split {split!r}, only {", ".join(sorted(folders)[:10])}.')
-    # torchvision's data sets know their classes themselves, timm's have a reader that does; streams do not.
-    classes = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
-    if classes and len(classes) != num_classes:
+def _open_images(name: str, root: str | None, split: str, model: HierarchicalEnsemble) -> Dataset:
+    dataset = open_dataset(name, root, split, model.in_chans)
+    num_classes = num_classes_of(dataset)
+    if num_classes not in (None, model.num_classes):
         raise ValueError(
-            f'the model has {num_classes} classes, the split {split!r} of {name or root} has {len(classes)}: '
-            f'{", ".join(list(classes)[:10])}.')
-    if isinstance(dataset, IterableDataset):
-        return dataset
-    return ImageSubset(dataset, None, 'error', training=False)
+            f'the model has {model.num_classes} classes, the split {split!r} of {name or root} has {num_classes}.')
+    return dataset if isinstance(dataset, IterableDataset) else ImageSubset(dataset, None, 'error', training=False)
 
 
 def to_markdown(result: dict[str, Any]) -> str:
@@ -263,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f'the model takes images of {model.in_chans} channels, but their mean and standard deviation are known '
             f'for {len(data_config["mean"])} only; its checkpoint does not hold them.')
-    dataset = open_dataset(args.dataset, args.data_dir, args.split, model.in_chans, model.num_classes)
+    dataset = _open_images(args.dataset, args.data_dir, args.split, model)
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import load_checkpoint
+from timm.models import safe_model_name
 
 from .ensemble import HierarchicalEnsemble
+from .evaluate import load_checkpoint
 from .inference import check_ready, validate_schedule
 from .optimize import optimize_for_inference
 
@@ -110,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--num-members', type=int, nargs='+', help='numbers of members; 1, 2, 4, ..., N by default')
     parser.add_argument('--format', choices=list(FORMATS), default='onnx')
     parser.add_argument('--output', type=Path, default=Path(), metavar='DIR', help='the working directory by default')
-    parser.add_argument('--checkpoint', metavar='PATH', help='weights to export')
+    parser.add_argument('--checkpoint', metavar='PATH', help='weights to export; they say nodes, classes and channels')
     parser.add_argument('--pretrained', action='store_true', help='export the pretrained weights')
     parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='height and width, or one for both')
     parser.add_argument('--num-classes', type=int)
@@ -122,11 +123,19 @@ def run(args: argparse.Namespace) -> None:
     """Export a model, one file per number of members."""
     kwargs = {'num_classes': args.num_classes, 'in_chans': args.in_chans, 'nodes': args.nodes}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    model = timm.create_model(args.name, pretrained=args.pretrained, **kwargs).eval()
+    if args.checkpoint is None:
+        model = timm.create_model(args.name, pretrained=args.pretrained, **kwargs)
+    elif args.pretrained:
+        raise ValueError('only one of --checkpoint and --pretrained may be given.')
+    else:
+        model, _ = load_checkpoint(args.checkpoint, args.name)
+        for key, value in kwargs.items():
+            found = getattr(model, key)
+            if found != (tuple(value) if key == 'nodes' else value):
+                raise ValueError(f'{key} must be that of the checkpoint, {found}, or left out, got {value}.')
+    model.eval()
     if not isinstance(model, HierarchicalEnsemble):
         raise ValueError(f'name must be one of {timm.list_models("hne_*")}, got {args.name!r}.')
-    if args.checkpoint is not None:
-        load_checkpoint(model, args.checkpoint)
     input_size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
     if args.img_size is not None:
         if len(args.img_size) > 2:
@@ -135,6 +144,6 @@ def run(args: argparse.Namespace) -> None:
     schedule = validate_schedule(args.num_members, model.ensemble_size)
     args.output.mkdir(parents=True, exist_ok=True)
     for n in schedule:
-        path = args.output / f'{args.name}_{n}{FORMATS[args.format]}'
+        path = args.output / f'{safe_model_name(args.name)}_{n}{FORMATS[args.format]}'
         export(model, path, n, args.format, input_size)
         print(f'{path}  {n} members, {path.stat().st_size / 1e6:.1f} MB, checked')
