@@ -212,7 +212,11 @@ def broken(model, change):
     (dict(results={}), 'results must be'),
     (dict(results=dict(members=[])), 'results must be'),
     (dict(results=dict(members=[dict(num_members=1)])), "results must have a number for each of .*'top1': None"),
+    (dict(results=dict(members='12345678')), 'results must be'),
     (dict(recipe={}), 'recipe must say'),
+    (dict(recipe=['epochs']), r"recipe must say .* as names and values, got \['epochs'\]"),
+    (dict(recipe='epochs: 2'), 'recipe must say'),
+    (dict(recipe=dict(criterion=torch.nn.Module)), 'recipe must hold plain values only'),
     (dict(dtype='int8'), "dtype must be one of .*, got 'int8'"),
     (dict(label_names=['a', 'b']), 'label_names must have 10 entries, got 2'),
 ])
@@ -226,9 +230,15 @@ def test_bad_arguments(alice, model, kwargs, message):
 def test_results_of_another_model(alice, model):
     results = results_of(model)
     for change in dict(members=results['members'][:4]), dict(nodes=[1, 2, 2, 4, 8]), dict(model='x'), dict(data=None):
-        with pytest.raises(ValueError, match=r"results must be those of all members of .*'nodes': \[1, 1, 2, 4, 8\]"):
+        with pytest.raises(ValueError, match=r"results must be those of 1 to 8 members .*'nodes': \[1, 1, 2, 4, 8\]"):
             send(model, results={**results, **change})
-    results['members'][3]['top1'] = float('nan')
+    rows = results['members']
+    for members in rows[::-1], [*rows[:-1], rows[0]], [dict(row, num_members=row['num_members'] + 1) for row in rows]:
+        with pytest.raises(ValueError, match=r'1 to 8 members of .*, got \[\d, '):
+            send(model, results={**results, 'members': members})
+    with pytest.raises(ValueError, match=r"'num_members': True"):
+        send(model, results={**results, 'members': [dict(rows[0], num_members=True), *rows[1:]]})
+    rows[3]['top1'] = float('nan')
     with pytest.raises(ValueError, match=r"'top1': nan"):
         send(model, results=results)
 
@@ -354,7 +364,13 @@ def test_command_from_other_files(alice, quick, run_folder, capsys):
 
 @pytest.mark.parametrize('damage, message', [
     (lambda path, model: save_checkpoint(path, model, epoch=0), r'model_best\.pth\.tar is unfinished: 1 of 2 epochs'),
+    (lambda path, model: torch.save({**torch.load(path, weights_only=False), 'epoch': 0, 'args': dict(epochs=2)}, path),
+     r'model_best\.pth\.tar is unfinished: 1 of 2 epochs'),
     (lambda path, model: path.write_bytes(path.read_bytes()[:-5000]), r'last\.pth\.tar cannot be read'),
+    (lambda path, model: path.write_bytes(b''), r'last\.pth\.tar cannot be read'),
+    (lambda path, model: path.write_bytes(b'PK' + bytes(2000)), r'last\.pth\.tar cannot be read'),
+    (lambda path, model: path.write_bytes(b'\x80\x02J'), r'last\.pth\.tar cannot be read'),
+    (lambda path, model: torch.save([1, 2], path), r'last\.pth\.tar cannot be read'),
 ])
 def test_unfinished_runs(alice, model, run_folder, capsys, damage, message):
     damage(run_folder / 'last.pth.tar', model)
@@ -384,6 +400,21 @@ def test_bad_checkpoints(alice, model, run_folder, capsys, name, arguments, mess
         command(path, '--repo-id', 'alice/net', *arguments)
     assert message in capsys.readouterr().err
     assert not alice.log
+
+
+@pytest.mark.parametrize('option, content, message', [
+    ('--recipe', b'- epochs\n- 2\n', 'recipe must say how the model was trained, as names and values'),
+    ('--recipe', b'', 'recipe must say'),
+    ('--recipe', b'a: [', 'given.yaml is no YAML or JSON file'),
+    ('--results', b'{"members": [', 'given.yaml is no YAML or JSON file'),
+    ('--results', b'\xff\xfe\xfa', 'given.yaml is no YAML or JSON file'),
+])
+def test_bad_files(alice, quick, run_folder, capsys, option, content, message):
+    Path('given.yaml').write_bytes(content)
+    with pytest.raises(SystemExit, match='1'):
+        command(run_folder / 'last.pth.tar', '--repo-id', 'alice/net', '--dry-run', option, 'given.yaml')
+    assert message in capsys.readouterr().err
+    assert not Path('net').exists()
 
 
 def test_command_without_results(alice, run_folder, capsys):

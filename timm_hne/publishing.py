@@ -156,8 +156,12 @@ def write_folder(
         raise ValueError(f'dtype must be one of {sorted(DTYPES)}, got {dtype!r}.')
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f'label_names must have {model.num_classes} entries, got {len(label_names)}.')
-    if not recipe:
-        raise ValueError('recipe must say how the model was trained, got nothing.')
+    if not recipe or not isinstance(recipe, Mapping):
+        raise ValueError(f'recipe must say how the model was trained, as names and values, got {recipe!r:.200}.')
+    try:
+        recipe = yaml.safe_dump(dict(recipe), sort_keys=False)
+    except yaml.YAMLError as error:
+        raise ValueError(f'recipe must hold plain values only: {error}') from error
     rows = _check_results(results, model)
     model = copy.deepcopy(model).to('cpu', DTYPES[dtype])
     bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
@@ -186,7 +190,7 @@ def write_folder(
         _write_json(new / CONFIG_NAME, config)
         (new / WEIGHTS_NAME).chmod((new / CONFIG_NAME).stat().st_mode)  # safetensors lets only the owner read
         _write_json(new / RESULTS_NAME, results)
-        (new / RECIPE_NAME).write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
+        (new / RECIPE_NAME).write_text(recipe, encoding='utf-8')
         _plot(rows, new / PLOT_NAME)
         (new / CARD_NAME).write_text(render_card(config, source, results), encoding='utf-8')
         names = sorted(path.name for path in new.iterdir())
@@ -203,7 +207,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _check_results(results: Mapping[str, Any], model: HierarchicalEnsemble) -> list[Mapping[str, Any]]:
     """Return the row of every number of members."""
     rows = results.get('members') if isinstance(results, Mapping) else None
-    if not rows:
+    if not rows or not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"results must be what `timm-hne eval` wrote, with 'members', got {results!r:.200}.")
     for row in rows:
         wrong = {key: row.get(key) for key in COLUMNS if not _is_finite(row.get(key))}
@@ -211,13 +215,15 @@ def _check_results(results: Mapping[str, Any], model: HierarchicalEnsemble) -> l
             raise ValueError(f'results must have a number for each of {COLUMNS}, got {wrong}.')
     stated = {key: results.get(key) for key in ('model', 'nodes', 'data', 'split', 'num_images')}
     expected = {**stated, 'model': model.pretrained_cfg['architecture'], 'nodes': list(model.nodes)}
-    if stated != expected or None in stated.values() or len(rows) != model.ensemble_size:
-        raise ValueError(f'results must be those of all members of {expected}, got {len(rows)} of {stated}.')
+    counts = [row['num_members'] for row in rows]
+    if stated != expected or None in stated.values() or counts != list(range(1, model.ensemble_size + 1)):
+        raise ValueError(
+            f'results must be those of 1 to {model.ensemble_size} members of {expected}, got {counts} of {stated}.')
     return rows
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # The card
@@ -308,10 +314,11 @@ def _read_run(path: Path, name: str | None) -> tuple[HierarchicalEnsemble, dict[
     if newest.suffix == '.safetensors':
         return model, config
     try:
-        state = load_checkpoint_metadata(str(newest))
-    except (RuntimeError, EOFError) as error:
+        state = dict(load_checkpoint_metadata(str(newest)))
+    except Exception as error:  # of many types, for a damaged file
         raise ValueError(f'checkpoint {newest} cannot be read: {error}') from error
-    planned = getattr(state.get('args'), 'epochs', 0)
+    args = state.get('args') or {}
+    planned = (args if isinstance(args, dict) else vars(args)).get('epochs') or 0
     if 'epoch' in state and state['epoch'] + 1 < planned:
         raise ValueError(f'checkpoint {path} is unfinished: {state["epoch"] + 1} of {planned} epochs are done.')
     return model, config
@@ -341,7 +348,7 @@ def run(args: argparse.Namespace) -> None:
     model, config = _read_run(path, args.model)
     folder = path if path.is_dir() else path.parent
     recipe = _read(args.recipe, folder / RECIPE_NAME)
-    if recipe is None:
+    if recipe is None and args.recipe is None:
         # paths of this machine are of no use to anybody else
         recipe = {key: value for key, value in config.items() if not os.path.isabs(str(value))}
     where = publish(
@@ -364,4 +371,8 @@ def _read(given: str | None, default: Path) -> Any:
     """Read the YAML or JSON file that was given, or the default one if there is one."""
     if given is None and not default.exists():
         return None
-    return yaml.safe_load(Path(given or default).read_text(encoding='utf-8'))
+    path = Path(given or default)
+    try:
+        return yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} is no YAML or JSON file: {error}') from error
