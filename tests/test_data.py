@@ -17,6 +17,7 @@ from timm_hne.data import (
     UnreadableImageError,
     create_datasets,
     load_into_memory,
+    open_dataset,
     seed_epoch,
 )
 
@@ -267,3 +268,53 @@ def test_a_data_set_of_tensors_is_none_of_ours():
     subset = ImageSubset(TensorDataset(torch.zeros(3, 2), torch.arange(3)), torch.tensor([2, 0]), 'error', True)
     assert [label.item() for _, label in (subset[0], subset[1])] == [2, 0]
     assert subset.filename(0) == 'number 2'
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'imagenet', 'DIGITS', 'foo/bar', 'torch/', '/cifar10'])
+def test_unknown_names_are_no_folders(folder, name):
+    """timm would read the folder."""
+    with pytest.raises(ValueError, match=rf"dataset must be .* such as torch/cifar10, got '{name}'"):
+        open_dataset(name, str(folder), 'train')
+
+
+def test_unknown_data_set_of_torchvision(folder):
+    with pytest.raises(ValueError, match=r"dataset 'torch/foo' cannot be opened: .*foo"):
+        open_dataset('torch/foo', str(folder), 'train')
+
+
+@pytest.mark.parametrize('name', ['', 'image_folder', 'torch/cifar10', 'wds/shards'])
+def test_data_dir_is_needed(monkeypatch, name):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda package: package)
+    with pytest.raises(ValueError, match=f"data_dir must be the folder of dataset '{name}', got None"):
+        open_dataset(name, None, 'train')
+
+
+def test_data_that_were_not_downloaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no images of dataset 'torch/cifar10', split 'train': .*download"):
+        open_dataset('torch/cifar10', str(tmp_path), 'train')
+
+
+@pytest.mark.parametrize(('name', 'package'), [
+    ('hfds/a', 'datasets'), ('hfids/a', 'datasets'), ('tfds/a', 'tensorflow'), ('wds/a', 'webdataset'),
+])
+def test_missing_package_is_named(monkeypatch, name, package):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda package: None)
+    with pytest.raises(ImportError, match=f"dataset '{name}' needs the package {package}: pip install {package}"):
+        open_dataset(name, 'data', 'train')
+
+
+def test_digits_are_grey():
+    with pytest.raises(ValueError, match=r'digits are grey images, .* 3 channels \(in_chans\)'):
+        open_dataset(DIGITS, None, 'train')
+
+
+def test_classes_in_nested_folders(folder):
+    (folder / 'train' / 'b').rename(folder / 'b')
+    (folder / 'train' / 'group').mkdir()
+    (folder / 'b').rename(folder / 'train' / 'group' / 'b')
+    assert open_dataset('', str(folder), 'train').reader.class_to_idx == {'a': 0, 'b': 1}
+
+
+def test_training_on_a_folder_without_splits(folder):
+    with pytest.raises(FileNotFoundError, match=r"no folder for the split 'train', only .*'a', 'b'"):
+        create_datasets('', str(folder / 'train'), 'train', 'val')

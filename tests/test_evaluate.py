@@ -234,14 +234,16 @@ def test_digits(tmp_path):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--data-dir', '{tmp}/none'], 'none.*does not exist'),
+    (['--data-dir', '{tmp}/none'], 'data_dir does not exist: .*none'),
     ([], 'data_dir must be the folder'),
-    (['--data-dir', '{tmp}/empty'], 'no images of the split'),
-    (['--data-dir', '{folder}'], "has no folder of the split 'validation', only test, train"),
+    (['--data-dir', '{tmp}/empty'], 'holds no images'),
+    (['--data-dir', '{folder}'], r"has no folder for the split 'validation', only \['test', 'train'\]"),
     (['--data-dir', '{tmp}/two'], r'model has 6 classes, .* has 2: cat, dog'),
     (['--data-dir', '{folder}', '--split', 'test', '--batch-size', '0'], 'batch_size must be positive, got 0'),
     (['--data-dir', '{folder}', '--split', 'test', '--output', 'run.txt'], r'output must end in \.json'),
     (['--dataset', 'digits'], 'digits are grey'),
+    (['--dataset', 'torch/cifar10'], "data_dir must be the folder of dataset 'torch/cifar10', got None"),
+    (['--dataset', 'cifar10', '--data-dir', '{folder}'], "such as torch/cifar10, got 'cifar10'"),
     (['resnet18', '--data-dir', '{folder}'], 'is not one of resnet18: model must be a hierarchical ensemble'),
 ])
 def test_command_line_bad_input(tmp_path, folder, model, arguments, message, capsys):
@@ -281,6 +283,13 @@ def test_hub_model(tmp_path, hub, folder, model):
               '--output', str(output)])
         results.append(json.loads(output.read_text()))
     assert results[0] == {**results[1], 'epochs': None}
+
+
+def test_a_model_of_timm_is_refused_before_anything_is_fetched(capsys, monkeypatch):
+    monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: pytest.fail('the model was created'))
+    with pytest.raises(SystemExit):
+        main(['eval', 'resnet18', '--dataset', 'digits'])
+    assert "model must be a hierarchical ensemble, such as ['hne_" in capsys.readouterr().err
 
 
 def test_without_model_and_checkpoint(capsys):

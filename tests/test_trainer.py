@@ -255,7 +255,7 @@ class TestErrorsBeforeAnyEpoch:
     def test_missing_data(self, options, tmp_path):
         with pytest.raises(FileNotFoundError, match=r'data_dir does not exist: .*nowhere'):
             train(TrainConfig(**{**options, 'data_dir': str(tmp_path / 'nowhere')}))
-        with pytest.raises(ValueError, match='data_dir must name the folder'):
+        with pytest.raises(ValueError, match='data_dir must be the folder'):
             train(TrainConfig(**{**options, 'data_dir': None}))
 
     def test_missing_split(self, options):

@@ -1,4 +1,5 @@
 """Image data sets for training: timm's by their names, and scikit-learn's digits; small images kept in memory."""
+import importlib.util
 import math
 import random
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_loader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .recipe import TrainConfig
@@ -21,10 +23,24 @@ __all__ = [
     'create_datasets',
     'create_image_loader',
     'load_into_memory',
+    'num_classes_of',
+    'open_dataset',
     'seed_epoch',
 ]
 
 DIGITS = 'digits'
+
+# timm takes any other name without a slash for an image folder too.
+_FOLDER_NAMES = ('', 'folder', 'image_folder')
+
+# Kinds of timm's data sets, and the packages that they need.
+_KINDS = {
+    'torch': (),
+    'hfds': ('datasets',),
+    'hfids': ('datasets',),
+    'tfds': ('tensorflow', 'tensorflow_datasets'),
+    'wds': ('webdataset',),
+}
 
 # What Pillow raises on broken files.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -127,6 +143,87 @@ class DigitsDataset(Dataset):
         return Image.fromarray(self.images[index]), int(self.labels[index])
 
 
+def open_dataset(
+        name: str,
+        root: str | None,
+        split: str,
+        in_chans: int = 3,
+        class_map: dict[str, int] | None = None,
+        **kwargs,
+) -> Dataset:
+    """Open one split of a data set, for training or evaluation.
+
+    Args:
+        name: timm's name of a data set ('' for an image folder, 'torch/cifar10', 'hfds/...', 'wds/...'), or 'digits'.
+        root: Folder of the data.
+        split: Name of the split.
+        in_chans: Channels of the images: 1 or 3.
+        class_map: Labels of the classes of an image folder; by the order of their names if None.
+        **kwargs: Further arguments of timm's `create_dataset`.
+
+    Raises:
+        FileNotFoundError: The folder does not exist, or holds no images of the split.
+        ImportError: The data set needs a package that is not installed.
+        ValueError: The name is unknown, the folder is missing, the images have another number of channels, or a class
+            folder holds no image or is no class.
+    """
+    kind = _validate_name(name)
+    if kind == DIGITS:
+        if in_chans != 1:
+            raise ValueError(f'{DIGITS} are grey images, the model takes images of {in_chans} channels (in_chans).')
+        return DigitsDataset(train=split == 'train')
+    for package in _KINDS.get(kind, ()):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f'dataset {name!r} needs the package {package}: pip install {package}')
+    if kind in ('', 'torch', 'wds'):
+        if not root:
+            raise ValueError(f'data_dir must be the folder of dataset {name!r}, got {root!r}.')
+        if not kwargs.get('download') and kind != 'wds' and not Path(root).exists():
+            raise FileNotFoundError(f'data_dir does not exist: {root}')
+    if class_map is not None:
+        kwargs['class_map'] = class_map
+    try:
+        dataset = create_dataset(
+            name, root=root, split=split, input_img_mode='L' if in_chans == 1 else 'RGB', **kwargs)
+    except AssertionError as error:
+        raise ValueError(f'dataset {name!r} cannot be opened: {error}') from error
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f'data_dir {root} holds no images of dataset {name!r}, split {split!r}: {error}') from error
+    if isinstance(getattr(dataset, 'reader', None), ReaderImageFolder):
+        _check_folder(dataset.reader, root, split, class_map)
+    return dataset
+
+
+def _validate_name(name: str) -> str:
+    """Return the kind of a data set: '' for a folder, 'digits', or the part of timm's name before the slash."""
+    if name in _FOLDER_NAMES:
+        return ''
+    if name == DIGITS:
+        return DIGITS
+    kind, slash, rest = name.partition('/')
+    if not slash or not rest or kind.lower() not in _KINDS:
+        raise ValueError(
+            f"dataset must be '' for an image folder, {DIGITS!r}, or a name that begins with "
+            f'{", ".join(f"{kind}/" for kind in _KINDS)}, such as torch/cifar10, got {name!r}.')
+    return kind.lower()
+
+
+def _check_folder(reader: ReaderImageFolder, root: str, split: str, class_map: dict[str, int] | None) -> None:
+    folder = Path(reader.root)
+    folders = {path.name for path in folder.iterdir() if path.is_dir()}
+    filled = {Path(path).relative_to(folder).parts[0] for path, _ in reader.samples}
+    # timm takes all images below the folder if it finds no folder of the split.
+    if folder == Path(root) and not filled <= set(reader.class_to_idx):
+        raise FileNotFoundError(f'data_dir {root} has no folder for the split {split!r}, only {sorted(folders)[:10]}.')
+    empty = folders - filled
+    unknown = sorted(empty - set(class_map)) if class_map is not None else []
+    if unknown:
+        raise ValueError(f'folders of {folder} are no classes of the training split: {", ".join(unknown[:10])}.')
+    if empty:
+        raise ValueError(f'class folders of {folder} hold no images: {", ".join(sorted(empty)[:10])}.')
+
+
 def create_datasets(
         name: str,
         root: str | None,
@@ -160,32 +257,31 @@ def create_datasets(
 
     Raises:
         FileNotFoundError: The folder, or the folder of a split, does not exist.
-        ValueError: A class folder holds no image, or validation has a class that training has not.
+        ImportError: The data set needs a package that is not installed.
+        ValueError: The name is unknown, a class folder holds no image, or validation has a class that training has not.
     """
-    def open_split(split: str, **kwargs) -> Dataset:
-        if name == DIGITS:
-            return DigitsDataset(train=split == 'train')
-        return create_dataset(
+    def open_split(split: str, class_map: dict[str, int] | None = None) -> Dataset:
+        dataset = open_dataset(
             name,
-            root=root,
-            split=split,
+            root,
+            split,
+            in_chans,
+            class_map,
             download=download,
             is_training=split == train_split,
             batch_size=batch_size,
             seed=seed,
-            input_img_mode='L' if in_chans == 1 else 'RGB',
-            **kwargs,
         )
+        # In evaluation a folder of classes will do; here, training and validation would be the same images.
+        if is_folder(dataset) and Path(dataset.reader.root) == Path(root):
+            found = sorted(path.name for path in Path(root).iterdir() if path.is_dir())
+            raise FileNotFoundError(f'data_dir {root} has no folder for the split {split!r}, only {found[:10]}.')
+        return dataset
 
-    is_folder = '/' not in name and name != DIGITS
-    if is_folder:
-        if not root:
-            raise ValueError(f'data_dir must name the folder of the images, got {root!r}.')
-        if not Path(root).exists():
-            raise FileNotFoundError(f'data_dir does not exist: {root}')
+    def is_folder(dataset: Dataset) -> bool:
+        return isinstance(getattr(dataset, 'reader', None), ReaderImageFolder)
+
     source = open_split(train_split)
-    if is_folder:
-        _check_folder(source, root, train_split)
     streamed = isinstance(source, IterableDataset)
     if streamed and (val_fraction or max_train_images):
         raise ValueError(f'val_fraction and max_train_images cannot be used with the streamed data set {name!r}.')
@@ -198,31 +294,14 @@ def create_datasets(
     if val_fraction:
         val = ImageSubset(source, held_out, unreadable, training=False)
     else:
-        val = open_split(val_split, **({'class_map': source.reader.class_to_idx} if is_folder else {}))
-        if is_folder:
-            _check_folder(val, root, val_split, source.reader.class_to_idx)
+        val = open_split(val_split, source.reader.class_to_idx if is_folder(source) else None)
         val = val if streamed else ImageSubset(val, None, unreadable, training=False)
     train = source if streamed else ImageSubset(source, indices, unreadable, training=True)
-    return train, val, _num_classes(source)
+    return train, val, num_classes_of(source)
 
 
-def _check_folder(dataset: ImageDataset, root: str, split: str, classes: Iterable[str] | None = None) -> None:
-    folder = Path(dataset.reader.root)
-    if folder.is_file():  # a tar archive
-        return
-    if folder == Path(root):
-        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise FileNotFoundError(f'data_dir {root} has no folder for the split {split!r}, only {found[:10]}.')
-    filled = {Path(path).relative_to(folder).parts[0] for path, _ in dataset.reader.samples}
-    empty = {path.name for path in folder.iterdir() if path.is_dir()} - filled
-    unknown = sorted(empty - set(classes)) if classes is not None else []
-    if unknown:
-        raise ValueError(f'folders of {folder} are no classes of the training split: {", ".join(unknown[:10])}.')
-    if empty:
-        raise ValueError(f'class folders of {folder} hold no images: {", ".join(sorted(empty)[:10])}.')
-
-
-def _num_classes(dataset: Dataset) -> int | None:
+def num_classes_of(dataset: Dataset) -> int | None:
+    """Return the number of classes of a data set; None if it does not tell, as streams do not."""
     for holder, attribute in ((dataset, 'classes'), (getattr(dataset, 'reader', None), 'class_to_idx')):
         if getattr(holder, attribute, None):
             return len(getattr(holder, attribute))

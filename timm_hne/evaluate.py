@@ -160,8 +160,10 @@ def _open_images(name: str, root: str | None, split: str, model: HierarchicalEns
     dataset = open_dataset(name, root, split, model.in_chans)
     num_classes = num_classes_of(dataset)
     if num_classes not in (None, model.num_classes):
+        names = getattr(dataset, 'classes', None) or dataset.reader.class_to_idx
         raise ValueError(
-            f'the model has {model.num_classes} classes, the split {split!r} of {name or root} has {num_classes}.')
+            f'the model has {model.num_classes} classes, the split {split!r} of {name or root} has {num_classes}: '
+            f'{", ".join(list(names)[:10])}.')
     return dataset if isinstance(dataset, IterableDataset) else ImageSubset(dataset, None, 'error', training=False)
 
 
