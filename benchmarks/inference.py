@@ -162,6 +162,8 @@ def alternatives(model: HierarchicalEnsemble, args: argparse.Namespace) -> Secti
     if importlib.util.find_spec('torch_uncertainty'):
         from torch_uncertainty.methods import deep_ensembles
         calls['torch-uncertainty deep_ensembles'] = wait(deep_ensembles(networks).eval(), x)
+    else:
+        print('torch-uncertainty is not installed, its row is left out')
     medians = paired_medians(calls, args.repeats)
     base = medians['ensemble, compiled']
     rows = [[name, f'{1000 * s:.1f}', f'{s / base:.2f}'] for name, s in medians.items()]

@@ -56,6 +56,7 @@ def drive(
 ) -> list[dict]:
     """Send one request at each arrival time; return what became of each."""
     records: list[dict] = []
+    futures = []
     with AdaptiveRunner(model, target, tuple(images.shape[1:]), max_batch_size=32, max_queue=512, **bounds) as runner:
         pending = threading.Semaphore(0)
         start = time.monotonic()
@@ -72,28 +73,35 @@ def drive(
 
             # Counted from when the request was due, so that a late sender hides nothing.
             def answered(future, record=record):
-                answer = future.result()
-                record['latency'] = time.monotonic() - start - record['arrival']
-                record['num_members'] = answer.num_members
-                record['correct'] = answer.logits.argmax().item() == record['class']
-                pending.release()
+                try:
+                    answer = future.result()
+                    record['latency'] = time.monotonic() - start - record['arrival']
+                    record['num_members'] = answer.num_members
+                    record['correct'] = answer.logits.argmax().item() == record['class']
+                finally:
+                    pending.release()
 
+            futures.append(future)
             future.add_done_callback(answered)
         for _ in arrivals:
             pending.acquire()
+    for future in futures:
+        future.result()  # latencies of a model that fails are worth nothing: raises its exception
     return records
 
 
-def summary(records: list[dict]) -> dict[str, float]:
+def summary(records: list[dict]) -> dict[str, float | None]:
+    """Return the columns of the table; None is what so few answers do not tell."""
     answered = [record for record in records if 'latency' in record]
-    quantiles = statistics.quantiles([record['latency'] for record in answered], n=100)
+    latencies = [record['latency'] for record in answered]
+    quantiles = statistics.quantiles(latencies, n=100) if len(latencies) > 1 else None
     return {
         'requests': len(records),
-        'p50_ms': 1000 * quantiles[49],
-        'p99_ms': 1000 * quantiles[98],
+        'p50_ms': 1000 * quantiles[49] if quantiles else None,
+        'p99_ms': 1000 * quantiles[98] if quantiles else None,
         'rejected': len(records) - len(answered),
-        'accuracy': 100 * statistics.mean(record['correct'] for record in answered),
-        'members': statistics.mean(record['num_members'] for record in answered),
+        'accuracy': 100 * statistics.mean(record['correct'] for record in answered) if answered else None,
+        'members': statistics.mean(record['num_members'] for record in answered) if answered else None,
     }
 
 
@@ -160,7 +168,7 @@ def main() -> None:
         phases = {'overall': records, 'surge': [r for r in records if begin <= r['arrival'] < end]}
         for phase, some in phases.items():
             values = summaries[f'{name}, {phase}'] = summary(some)
-            rows.append([f'{name}, {phase}', *(f'{value:.4g}' for value in values.values())])
+            rows.append([f'{name}, {phase}', *('-' if value is None else f'{value:.4g}' for value in values.values())])
     text = (
         f'Requests per second: {calm:.0f}, {surge:.0f}, {calm:.0f} for {args.seconds} s; throughput {full:.0f} at '
         f'n = {size} and {one:.0f} at n = 1; target {args.target_ms:.0f} ms.\n\n{describe_machine()}\n\n'

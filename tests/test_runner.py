@@ -1,8 +1,10 @@
 """The adaptive runner: its policy in simulated time, and the exactly-once promise with a model that obeys the test."""
+import importlib
 import random
 import statistics
 import threading
 from concurrent.futures import CancelledError, wait
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -442,6 +444,45 @@ def test_submit_refuses(runner, request_, error, words):
     with pytest.raises(error, match=words):
         runner.submit(request_)
     assert runner.stats.submitted == 0
+
+
+# The benchmark of it.
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / 'benchmarks')
+    return importlib.import_module('load')
+
+
+def test_benchmark_of_a_model_that_fails_ends(gate, load, monkeypatch):
+    measure = AdaptiveRunner._measure
+
+    def fail_later(runner, repeats):
+        seconds = measure(runner, repeats)
+        gate.error = ArithmeticError('broken')
+        return seconds
+
+    monkeypatch.setattr(AdaptiveRunner, '_measure', fail_later)
+    raised = []
+
+    def drive():
+        with pytest.raises(ArithmeticError, match='broken') as error:
+            load.drive(gate, torch.zeros(2, 3, 2, 2), torch.zeros(2), [0., 0.001], 100., {})
+        raised.append(error)
+
+    thread = threading.Thread(target=drive, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    assert raised
+
+
+def test_benchmark_with_few_answers(gate, load):
+    records = load.drive(gate, torch.zeros(2, 3, 2, 2), torch.zeros(2), [0., 0.001, 0.002], 100., {})
+    assert load.summary(records)['p99_ms'] > 0 and load.summary(records)['members'] == 4
+    one = load.summary(records[:1])
+    assert one['p50_ms'] is one['p99_ms'] is None and one['members'] == 4
+    assert load.summary([{'arrival': 0., 'rejected': True}]) == {
+        'requests': 1, 'rejected': 1, 'p50_ms': None, 'p99_ms': None, 'accuracy': None, 'members': None}
 
 
 def test_public_name():
