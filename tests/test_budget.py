@@ -19,6 +19,8 @@ from timm_hne.optimize import optimize_for_inference
 @pytest.fixture
 def table():
     return LatencyTable(
+        model='hne_resnet50_c8',
+        mode='folded',
         nodes=(1, 2, 4),
         input_size=(3, 8, 8),
         dtype='float32',
@@ -48,6 +50,7 @@ def test_measured_times_are_those_of_the_clock(monkeypatch):
     assert calls == [(b, n) for b in (1, 3) for _ in range(7) for n in (1, 2, 4)]
     macs = member_macs(small_resnet(), 8)
     assert table.macs == {n: macs[n] for n in (1, 2, 4)}
+    assert (table.model, table.mode) == ('hne_resnet50_c8', 'original')
     assert (table.nodes, table.input_size, table.dtype) == ((1, 1, 2, 4, 4), (3, 8, 8), 'float32')
 
 
@@ -56,7 +59,7 @@ def test_an_optimised_model_has_the_same_macs():
     table = LatencyTable.measure(fast, (3, 8, 8), batch_sizes=(1,), repeats=1)
     macs = member_macs(small_resnet(), 8)
     assert table.macs == {n: macs[n] for n in (1, 2, 4)}
-    assert table.dtype == 'bfloat16'
+    assert (table.dtype, table.mode) == ('bfloat16', 'folded')
     assert all(ms > 0 for ms in table.latency_ms[1].values())
 
 
@@ -104,6 +107,39 @@ def test_other_hardware_is_refused_unless_told(table, tmp_path, key):
     assert LatencyTable.load(path, other_hardware=True).latency_ms == table.latency_ms
 
 
+def test_a_table_of_another_model_is_noticed(tmp_path):
+    model = small_resnet()
+    fast = optimize_for_inference(model, compile=False)
+    path = tmp_path / 'table.json'
+    LatencyTable.measure(fast, (3, 8, 8), batch_sizes=(1,), repeats=1).save(path)
+    assert LatencyTable.load(path, model=fast) == LatencyTable.load(path)
+    for other, words in (
+            (model, r"measured with {'mode': 'folded'}, the model has {'mode': 'original'}"),
+            (optimize_for_inference(model), "the model has {'mode': 'compiled'}"),
+            (optimize_for_inference(small_resnet((1, 1, 1, 2, 4)), compile=False), r"{'nodes': \(1, 1, 1, 2, 4\)}"),
+            (optimize_for_inference(model, compile=False, dtype=torch.bfloat16), "{'dtype': 'bfloat16'}"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            LatencyTable.load(path, model=other)
+
+
+@pytest.mark.parametrize('key, value, words', [
+    ('latency_ms', {}, 'it has no rows'),
+    ('latency_ms', {'1': {}}, 'not of the same numbers of members'),
+    ('latency_ms', {'1': {'1': 1., '2': 2.}}, 'not of the same numbers of members'),
+    ('latency_ms', {'1': {'1': 1., '2': 'fast', '4': 3.}}, "'fast' is not a positive number"),
+    ('latency_ms', {'1': {'1': 1., '2': None, '4': 3.}}, 'None is not a positive number'),
+    ('latency_ms', {'1': {'1': 1., '2': float('nan'), '4': 3.}}, 'nan is not a positive number'),
+    ('macs', {'1': 1, '2': -2, '4': 3}, '-2 is not a positive number'),
+    ('macs', {}, 'it has no rows'),
+])
+def test_a_table_with_bad_cells_is_refused(table, tmp_path, key, value, words):
+    path = tmp_path / 'table.json'
+    path.write_text(json.dumps({**vars(table), key: value}))
+    with pytest.raises(ValueError, match=f'path must be a latency table, .*{words}'):
+        LatencyTable.load(path)
+
+
 @pytest.mark.parametrize('text', ['', '[]', '{}', '{"nodes": 3}'])
 def test_what_is_no_table_is_refused(tmp_path, text):
     path = tmp_path / 'table.json'
@@ -147,7 +183,7 @@ def test_command_finds_out_about_a_bad_output_first(tmp_path, monkeypatch, capsy
     assert 'file' in capsys.readouterr().err
 
 
-def test_command_with_a_model_in_a_folder(tmp_path, monkeypatch, capsys):
+def test_command_with_a_model_in_a_folder(tmp_path, monkeypatch):
     model = timm.create_model('hne_resnet50_c8', nodes=(1, 1, 1, 1, 1))
     save_for_hf(model, tmp_path / 'model', model_args={'nodes': model.nodes})
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,8 @@
 """What n members cost in time on the machine at hand, and how many fit in a budget."""
 import argparse
 import json
+import math
+import numbers
 import os
 import platform
 import statistics
@@ -35,11 +37,33 @@ def environment(device: torch.device) -> dict[str, str]:
     return {'device': device.type, 'hardware': hardware, 'torch': torch.__version__, 'timm_hne': __version__}
 
 
+def _describe(model: HierarchicalEnsemble | OptimizedEnsemble) -> dict[str, Any]:
+    """Return what a table says about the model that it is of."""
+    mode = 'original'
+    if isinstance(model, OptimizedEnsemble):
+        mode = 'compiled' if model.compile_programs else 'folded'
+    return {
+        'model': model.pretrained_cfg['architecture'],
+        'mode': mode,
+        'nodes': tuple(model.nodes),
+        'dtype': str(next(model.parameters()).dtype).removeprefix('torch.'),
+    }
+
+
+def _positive(number: float, kind: type) -> float:
+    if isinstance(number, bool) or not isinstance(number, kind) or not 0 < number < math.inf:
+        raise ValueError(f'{number!r} is not a positive number')
+    return number
+
+
 @dataclass(frozen=True)
 class LatencyTable:
     """Median latencies of a model on one machine.
 
     Attributes:
+        model: Name of the architecture.
+        mode: 'original' for the model as it is, 'compiled' for what `optimize_for_inference` returned, 'folded' for
+            that without compilation.
         nodes: Number of nodes of each block of the model.
         input_size: Channels, height and width of the images.
         dtype: Type that was computed in, e.g. 'float32'.
@@ -47,6 +71,8 @@ class LatencyTable:
         macs: MACs of one image, per number of members.
         latency_ms: Milliseconds of one batch, per batch size, then per number of members.
     """
+    model: str
+    mode: str
     nodes: tuple[int, ...]
     input_size: tuple[int, int, int]
     dtype: str
@@ -109,9 +135,8 @@ class LatencyTable:
                             seconds[n].append(time.perf_counter() - begin)
             latency_ms[batch_size] = {n: 1000 * statistics.median(times) for n, times in seconds.items()}
         return cls(
-            nodes=tuple(model.nodes),
+            **_describe(model),
             input_size=input_size,
-            dtype=str(weight.dtype).removeprefix('torch.'),
             environment=environment(weight.device),
             macs={n: macs[n] for n in num_members},
             latency_ms=latency_ms,
@@ -162,29 +187,42 @@ class LatencyTable:
             temporary.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | Path, other_hardware: bool = False) -> 'LatencyTable':
+    def load(
+            cls,
+            path: str | Path,
+            other_hardware: bool = False,
+            model: HierarchicalEnsemble | OptimizedEnsemble | None = None,
+    ) -> 'LatencyTable':
         """Read a table.
 
         Args:
             path: A file that `save` wrote.
             other_hardware: Accept a table that was measured on other hardware or with other versions.
+            model: Model that the table is to be used with, to make sure that it is of such a model, in the same mode.
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: The file is no table, or one of other hardware or versions.
+            ValueError: The file is no table, or one of other hardware or versions, or of another model.
         """
         try:
             values: dict[str, Any] = json.loads(Path(path).read_text())
             table = cls(
+                model=values['model'],
+                mode=values['mode'],
                 nodes=tuple(values['nodes']),
                 input_size=tuple(values['input_size']),
                 dtype=values['dtype'],
                 environment=dict(values['environment']),
-                macs={int(n): macs for n, macs in values['macs'].items()},
+                macs={int(n): _positive(macs, int) for n, macs in values['macs'].items()},
                 latency_ms={
-                    int(size): {int(n): ms for n, ms in row.items()} for size, row in values['latency_ms'].items()
+                    int(size): {int(n): _positive(ms, numbers.Real) for n, ms in row.items()}
+                    for size, row in values['latency_ms'].items()
                 },
             )
+            if not table.macs or not table.latency_ms:
+                raise ValueError('it has no rows')
+            if any(row.keys() != table.macs.keys() for row in table.latency_ms.values()):
+                raise ValueError('its rows are not of the same numbers of members')
             device = torch.device(table.environment['device'])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f'path must be a latency table, {path} is none: {error!r}.') from error
@@ -196,10 +234,19 @@ class LatencyTable:
                 raise ValueError(
                     f'path must be a table of this machine unless other_hardware=True; {path} was measured with '
                     f'{other}, here it is {({key: here.get(key) for key in other})}.')
+        if model is not None:
+            other = {key: value for key, value in _describe(model).items() if getattr(table, key) != value}
+            if other:
+                raise ValueError(
+                    f'path must be a table of such a model; {path} was measured with '
+                    f'{({key: getattr(table, key) for key in other})}, the model has {other}.')
         return table
 
     def __str__(self) -> str:
-        lines = [f'{", ".join(self.environment.values())}; {self.dtype}, input {self.input_size}, nodes {self.nodes}']
+        lines = [
+            ', '.join(self.environment.values()),
+            f'{self.model}, {self.mode}, {self.dtype}, input {self.input_size}, nodes {self.nodes}',
+        ]
         sizes = ''.join(f'  {f"batch {size} [ms]":>14}  {"ratio":>6}' for size in self.latency_ms)
         lines.append(f'{"members":>7}  {"MACs":>14}  {"ratio":>6}{sizes}')
         first = min(self.macs)
