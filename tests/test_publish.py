@@ -79,6 +79,12 @@ def test_no_module_has_the_name_of_a_function():
     assert not {module.name for module in pkgutil.iter_modules(timm_hne.__path__)} & set(timm_hne.__all__)
 
 
+@pytest.mark.parametrize('package', ['huggingface_hub', 'jinja2', 'pyyaml', 'safetensors', 'timm', 'torch'])
+def test_what_publishing_needs_is_declared(package):
+    text = (Path(__file__).parent.parent / 'pyproject.toml').read_text()
+    assert f'"{package}>=' in text.partition('dependencies = [')[2].partition(']')[0]
+
+
 def test_the_same_thing_twice_is_one_commit(alice, model):
     assert send(model) == send(model)
     assert_published(alice, model)
