@@ -352,7 +352,8 @@ def test_bad_arguments(arguments, error, message):
 @pytest.mark.parametrize('logits, target, error, message', [
     (torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), ValueError, r'\(batch, members, classes\), got \(2, 5\)'),
     (torch.zeros(2, 4, 5, 1), torch.zeros(2, dtype=torch.long), ValueError, 'member_logits'),
-    (torch.zeros(2, 0, 5), torch.zeros(2, dtype=torch.long), ValueError, 'at least one member'),
+    (torch.zeros(2, 0, 5), torch.zeros(2, dtype=torch.long), ValueError, 'at least one image and one member'),
+    (torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.long), ValueError, r'at least one image .* \(0, 4, 5\)'),
     (torch.zeros(2, 4, 5, dtype=torch.long), torch.zeros(2, dtype=torch.long), TypeError, 'floating point'),
     ([[[0.0]]], torch.zeros(1, dtype=torch.long), TypeError, 'member_logits must be a tensor, got list'),
     (torch.zeros(2, 4, 5), [0, 1], TypeError, 'target must be a tensor, got list'),
@@ -361,6 +362,7 @@ def test_bad_arguments(arguments, error, message):
     (torch.zeros(2, 4, 5), torch.zeros(2, 4, 5), ValueError, 'target must have the shape'),
     (torch.zeros(2, 4, 5), torch.zeros(2, 6), ValueError, 'target has 6 classes, member_logits have 5'),
     (torch.zeros(2, 4, 5), torch.tensor([0, 7]), ValueError, 'target holds class index 7, member_logits have 5'),
+    (torch.zeros(3, 4, 5), torch.tensor([0, -100, -1]), ValueError, r'class index -1, .* have 5 classes \(0 to 4\)'),
     (torch.zeros(2, 4, 5), torch.zeros(2), TypeError, 'integer class indices'),
     (torch.zeros(2, 4, 5), torch.zeros(2, dtype=torch.bool), TypeError, 'integer class indices'),
 ])
@@ -373,3 +375,14 @@ def test_criterion_without_reduction():
     logits, target = example()
     with pytest.raises(ValueError, match='criterion must return a mean'):
         HNELoss(criterion=lambda x, y: F.cross_entropy(x, y, reduction='none'))(logits, target)
+
+
+@pytest.mark.parametrize('ignore_index', [-1, 255])
+def test_ignore_index_of_the_criterion(ignore_index):
+    logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    loss = HNELoss('independent', criterion=nn.CrossEntropyLoss(ignore_index=ignore_index))
+    assert torch.allclose(
+        loss(logits, torch.tensor([0, ignore_index, 4]))['loss'],
+        HNELoss('independent')(logits[[0, 2]], torch.tensor([0, 4]))['loss'])
+    with pytest.raises(ValueError, match='target holds class index -100'):
+        loss(logits, torch.tensor([0, -100, 4]))

@@ -152,7 +152,8 @@ class HNELoss(nn.Module):
         return f'objective={self.objective!r}, alpha={self.alpha}, temperature={self.temperature}'
 
     def forward(self, member_logits: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        _validate_inputs(member_logits, target)
+        # What PyTorch's functions skip if nobody says otherwise.
+        _validate_inputs(member_logits, target, getattr(self.criterion, 'ignore_index', -100))
         if member_logits.dtype in (torch.float16, torch.bfloat16):
             member_logits = member_logits.float()
         if target.is_floating_point():
@@ -195,7 +196,7 @@ def _validate_criterion(criterion: Criterion) -> Criterion:
     return criterion
 
 
-def _validate_inputs(member_logits: torch.Tensor, target: torch.Tensor) -> None:
+def _validate_inputs(member_logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> None:
     for name, value in (('member_logits', member_logits), ('target', target)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f'{name} must be a tensor, got {type(value).__name__}.')
@@ -206,8 +207,8 @@ def _validate_inputs(member_logits: torch.Tensor, target: torch.Tensor) -> None:
             'model.forward_members(x) returns them; model(x) returns their mean.')
     if not member_logits.is_floating_point():
         raise TypeError(f'member_logits must be of a floating point type, got {member_logits.dtype}.')
-    if not shape[1]:
-        raise ValueError(f'member_logits must have at least one member, got the shape {shape}.')
+    if not shape[0] or not shape[1]:
+        raise ValueError(f'member_logits must have at least one image and one member, got the shape {shape}.')
 
     batch_size, _, num_classes = shape
     if target.ndim not in (1, 2) or target.shape[0] != batch_size:
@@ -220,5 +221,11 @@ def _validate_inputs(member_logits: torch.Tensor, target: torch.Tensor) -> None:
     elif target.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f'target must hold integer class indices if it has one axis, got {target.dtype}.')
     # Reading the values of an accelerator's tensor would wait for it in every step.
-    elif target.device.type == 'cpu' and not torch.compiler.is_compiling() and (target >= num_classes).any():
-        raise ValueError(f'target holds class index {target.max().item()}, member_logits have {num_classes} classes.')
+    elif target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        lowest, highest = target.aminmax()
+        if lowest < 0 or highest >= num_classes:
+            wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
+            if len(wrong):
+                raise ValueError(
+                    f'target holds class index {wrong[0].item()}, member_logits have {num_classes} classes (0 to '
+                    f'{num_classes - 1}).')
