@@ -21,6 +21,7 @@ import timm_hne.evaluate as evaluation
 from timm_hne.__main__ import main
 from timm_hne.cost import member_macs
 from timm_hne.evaluate import evaluate, load_checkpoint, to_markdown
+from timm_hne.hne_resnet import HNEResNet
 
 NAME = 'hne_resnet50_c8'
 NODES = (1, 1, 2, 2, 4)
@@ -169,6 +170,19 @@ def test_checkpoint_of_another_model(tmp_path, model, name):
     with pytest.raises(ValueError, match=rf'{path} is not one of {name}: ') as caught:
         load_checkpoint(path, name)
     assert len(str(caught.value)) < 600
+
+
+def test_small_checkpoint_given_as_the_large_model(tmp_path, model):
+    path = save(tmp_path, model)
+    with pytest.raises(ValueError, match=r'block 0 has 8 channels, .* It says that it is of hne_resnet50_c8\.'):
+        load_checkpoint(path, 'hne_resnet50_c16')
+    torch.save(model.state_dict(), path)
+    with pytest.raises(ValueError, match=r'block 0 has 8 channels, which are not nodes of 16 channels each\.$'):
+        load_checkpoint(path, 'hne_resnet50_c16')
+
+
+def test_model_that_timm_has_not_built(batches):
+    assert evaluate(HNEResNet(nodes=NODES, num_classes=CLASSES), batches)['model'] == 'HNEResNet'
 
 
 def test_checkpoint_that_cannot_be_read(tmp_path, model):

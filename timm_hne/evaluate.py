@@ -50,7 +50,7 @@ def evaluate(
         progress: Show a progress bar.
 
     Returns:
-        model: Name of the architecture.
+        model: Name of the architecture, or of the class if timm's `create_model` has not built the model.
         nodes: Nodes of each block.
         num_images: Number of images.
         members: For n = 1..N the metrics of `EnsembleMetrics.compute`, and `macs`, those of one image.
@@ -80,7 +80,7 @@ def evaluate(
     measured = metrics.compute()
     macs = member_macs(model, img_size)
     return {
-        'model': model.pretrained_cfg['architecture'],
+        'model': (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
         'nodes': list(model.nodes),
         'num_images': metrics.num_images,
         'members': [{**row, 'macs': macs[row['num_members']]} for row in measured['members']],
@@ -127,10 +127,11 @@ def load_checkpoint(path: str | os.PathLike, name: str | None = None) -> tuple[H
         model.load_state_dict(state)
     except KeyError as error:
         raise ValueError(f'checkpoint {path} is not one of {name}: it lacks the tensor {error}.') from error
-    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+    except (RuntimeError, ValueError) as error:
         # PyTorch goes on to name every tensor.
         reason = ' '.join(' '.join(str(error).splitlines()[:2]).split())
-        raise ValueError(f'checkpoint {path} is not one of {name}: {reason}') from error
+        recorded = f' It says that it is of {metadata["arch"]}.' if metadata.get('arch', name) != name else ''
+        raise ValueError(f'checkpoint {path} is not one of {name}: {reason}{recorded}') from error
     return model, config
 
 
@@ -148,7 +149,12 @@ def _sizes(state: dict[str, torch.Tensor], model: HierarchicalEnsemble) -> dict[
     nodes = []
     for block in range(len(model.nodes)):
         key, weight = next((k, v) for k, v in model.state_dict().items() if k.startswith(f'blocks.{block}.'))
-        nodes.append(state[key].shape[0] * model.nodes[block] // weight.shape[0])
+        channels = weight.shape[0] // model.nodes[block]
+        count, rest = divmod(state[key].shape[0], channels)
+        if rest or not count:
+            raise ValueError(
+                f'block {block} has {state[key].shape[0]} channels, which are not nodes of {channels} channels each.')
+        nodes.append(count)
     return {
         'nodes': tuple(nodes),
         'num_classes': state[f'{model.pretrained_cfg["classifier"]}.weight'].shape[0] // nodes[-1],
