@@ -21,6 +21,7 @@ from timm.models import load_state_dict
 from timm.utils import load_checkpoint_metadata
 
 from timm_hne import trainer
+from timm_hne.checkpoints import load_weights
 from timm_hne.ensemble import HierarchicalEnsemble
 from timm_hne.recipe import TrainConfig
 from timm_hne.trainer import NonFiniteLossError, train
@@ -237,11 +238,21 @@ def test_non_finite_loss_stops_with_its_circumstances(options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.HNETask, 'forward', forward)
-        with pytest.raises(NonFiniteLossError, match=r'step 4 .*learning rate 0\.00.*: loss = nan, hierarchical = nan'):
+        with pytest.raises(
+                NonFiniteLossError,
+                match=r'step 4 .*learning rate 0\.00.*: loss = nan, hierarchical = nan\. The last checkpoint is from',
+        ):
             train(TrainConfig(**options))
     kept = load_checkpoint_metadata(str(Path(options['output_dir'], 'last.pth.tar')))
     assert kept['epoch'] == 0
     assert all(value.isfinite().all() for value in kept['state_dict'].values())
+
+
+def test_non_finite_loss_without_a_checkpoint(options):
+    options.update(opt='momentum', lr=1e30, warmup_epochs=0., sched='constant')
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(TrainConfig(**options))
+    assert 'checkpoint' not in str(caught.value) and not list(Path(options['output_dir']).glob('*.pth.tar'))
 
 
 class TestErrorsBeforeAnyEpoch:
@@ -289,6 +300,14 @@ class TestErrorsBeforeAnyEpoch:
                 train(TrainConfig(**{
                     **options, 'output_dir': str(tmp_path / 'other'), 'initial_checkpoint': str(checkpoint),
                     'model_kwargs': kwargs}))
+        junk = tmp_path / 'junk.pth'
+        for content in (b'no checkpoint', b''):
+            junk.write_bytes(content)
+            with pytest.raises(ValueError, match=r'initial_checkpoint .*junk\.pth is no checkpoint'):
+                load_weights(torch.nn.Linear(1, 1), str(junk))
+        torch.save({'weight': 'text'}, junk)
+        with pytest.raises(ValueError, match=r'initial_checkpoint .*junk\.pth is no checkpoint'):
+            load_weights(torch.nn.Linear(1, 1), str(junk))
         with pytest.raises(FileNotFoundError, match='initial_checkpoint does not exist'):
             train(TrainConfig(**{**options, 'output_dir': str(tmp_path / 'other'), 'initial_checkpoint': 'nothing'}))
 

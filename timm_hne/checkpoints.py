@@ -21,16 +21,19 @@ def load_weights(model: nn.Module, path: str) -> None:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The weights are those of another model.
+        ValueError: The file is no checkpoint, or its weights are those of another model.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'initial_checkpoint does not exist: {path}')
-    weights, expected = load_state_dict(path), model.state_dict()
+    try:
+        weights = load_state_dict(path)
+        found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    except Exception as error:  # whatever the readers of two formats make of junk
+        raise ValueError(f'initial_checkpoint {path} is no checkpoint: {error}') from error
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     wrong = [
-        f'{name} {tuple(weights[name].shape) if name in weights else "missing"}, '
-        f'not {tuple(expected[name].shape) if name in expected else "there"}'
-        for name in sorted({*weights, *expected})
-        if name not in weights or name not in expected or weights[name].shape != expected[name].shape
+        f'{name} {found.get(name, "missing")}, not {expected.get(name, "there")}'
+        for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)
     ]
     if wrong:
         raise ValueError(

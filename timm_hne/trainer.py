@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         FileNotFoundError: The data are not there.
         FileExistsError: `output_dir` holds another run.
-        NonFiniteLossError: The loss became infinite or not a number. The last checkpoint is from before.
+        NonFiniteLossError: The loss became infinite or not a number. The last checkpoint, if any, is from before.
         TypeError: The model is no hierarchical ensemble.
         ValueError: The data, the checkpoint and the configuration do not fit together.
     """
@@ -242,7 +242,7 @@ class _Run:
         self.scheduler.step(epoch)
         self.scheduler.step_update(step)
         batches = iter(self.train_loader)
-        losses = _Losses()
+        losses = _Losses(epoch)
         started = time.perf_counter()
         bar = tqdm(
             range(self.updates_per_epoch),
@@ -335,7 +335,8 @@ class _Run:
 class _Losses:
     """The losses of an epoch. They are read from the device now and then only, each reading waits for it."""
 
-    def __init__(self):
+    def __init__(self, epoch: int):
+        self.epoch = epoch
         self.names: list[str] = []
         self.unread: list[tuple[torch.Tensor, int, float]] = []
         self.total = 0.
@@ -357,9 +358,10 @@ class _Losses:
             if not losses.isfinite().all():
                 bad = ', '.join(f'{name} = {value}' for name, value in zip(self.names, losses.tolist())
                                 if not math.isfinite(value))
+                kept = 'The last checkpoint is from before. ' if self.epoch else ''
                 raise NonFiniteLossError(
                     f'the loss is not finite in step {step} (counted from 0) at learning rate {lr:g}: {bad}. '
-                    'The last checkpoint is from before; a lower lr, warmup_epochs or clip_grad may help.')
+                    f'{kept}A lower lr, warmup_epochs or clip_grad may help.')
         self.total = self.total + values.sum(dim=0)
         self.count += len(self.unread)
         self.unread.clear()
