@@ -270,7 +270,7 @@ def test_a_data_set_of_tensors_is_none_of_ours():
     assert subset.filename(0) == 'number 2'
 
 
-@pytest.mark.parametrize('name', ['cifar10', 'imagenet', 'DIGITS', 'foo/bar', 'torch/', '/cifar10'])
+@pytest.mark.parametrize('name', ['cifar10', 'image_folder', 'DIGITS', 'foo/bar', 'torch/', '/cifar10'])
 def test_unknown_names_are_no_folders(folder, name):
     """timm would read the folder."""
     with pytest.raises(ValueError, match=rf"dataset must be .* such as torch/cifar10, got '{name}'"):
@@ -282,7 +282,7 @@ def test_unknown_data_set_of_torchvision(folder):
         open_dataset('torch/foo', str(folder), 'train')
 
 
-@pytest.mark.parametrize('name', ['', 'image_folder', 'torch/cifar10', 'wds/shards'])
+@pytest.mark.parametrize('name', ['', 'torch/cifar10', 'wds/shards'])
 def test_data_dir_is_needed(monkeypatch, name):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda package: package)
     with pytest.raises(ValueError, match=f"data_dir must be the folder of dataset '{name}', got None"):

@@ -225,6 +225,13 @@ def test_command_line(tmp_path, folder, model, capsys):
     assert f'| 4 | {result["members"][3]["macs"]:,} | {result["members"][3]["top1"]:.2f} |' in markdown
 
 
+def test_data_can_be_named(tmp_path, folder, model):
+    output = tmp_path / 'run.json'
+    main(['eval', '--checkpoint', str(save(tmp_path, model)), '--data-dir', str(folder), '--split', 'test',
+          '--img-size', '8', '--workers', '0', '--data-name', 'cifar10', '--output', str(output)])
+    assert json.loads(output.read_text())['data'] == 'cifar10'
+
+
 def test_training_arguments_of_the_images_are_used(tmp_path, folder, model, monkeypatch):
     path = save(tmp_path, model, img_size=16, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     seen = []

@@ -155,17 +155,44 @@ def test_figures_are_written(plot, write, tmp_path, what, suffix):
     (['fig4', '{good}', '{tmp}/none.json', '--output', 'a.png'], r'none\.json'),
     (['fig4', '{tmp}/text.json', '--output', 'a.png'], r'text\.json is not the JSON file of an evaluation'),
     (['fig4', '{tmp}/other.json', '--output', 'a.png'], r'other\.json .* it lacks alpha, data'),
-    (['fig4', '{good}', '--output', '{tmp}/none/a.png'], 'none'),
+    (['fig4', '{tmp}/none.json', '--output', '{tmp}/none/a.png'], r"there is no folder '.*none'"),
+    (['table1', '{tmp}/list.json'], r'list\.json is not the JSON file of an evaluation: it lacks alpha'),
 ])
 def test_bad_input(plot, write, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'text.json').write_text('text')
+    (tmp_path / 'list.json').write_text('[]')
     (tmp_path / 'other.json').write_text('{"model": "x"}')
     (good,) = write(make_run())
     with pytest.raises(SystemExit) as caught:
         plot.main([argument.format(good=good, tmp=tmp_path) for argument in arguments])
     assert caught.value.code != 0
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    ({'members': []}, r'its members must be those with num_members 1 to 16, got \[\]'),
+    ({'members': None}, 'its members must be those'),
+    ({'members': make_run()['members'][:3]}, r'num_members 1 to 16, got \[1, 2, 3\]'),
+    ({'members': [{**row, 'macs': None} for row in make_run()['members']]}, 'its macs of 1 members must be a finite n'),
+    ({'members': [{**row, 'top1': float('nan')} for row in make_run()['members']]}, 'top1 of 1 members must be a fin'),
+    ({'member_top1': []}, 'its member_top1 must be a list of 16 numbers'),
+    ({'member_top1': ['a'] * 16}, "its member_top1 must be a finite number, got 'a'"),
+    ({'nodes': [1, 3, 2, 4, 16]}, 'nodes'),
+    ({'nodes': None}, 'nodes'),
+])
+def test_broken_evaluations(plot, write, change, message):
+    with pytest.raises(ValueError, match=rf'run1\.json is not the JSON file of an evaluation: .*{message}'):
+        plot.load_runs(write(make_run(), {**make_run(), **change}))
+
+
+def test_data_without_published_numbers(plot, write, capsys):
+    plot.main(['table1', *write(make_run(data='images'))])
+    errors = capsys.readouterr().err
+    assert "numbers are of cifar10 and cifar100, not of 'images'" in errors and '--data-name' in errors
+    plot.main(['table1', *write(make_run(data='images')), '--no-paper'])
+    plot.main(['table1', *write(make_run())])
+    assert not capsys.readouterr().err
 
 
 def test_without_matplotlib(plot, write, tmp_path, monkeypatch, capsys):

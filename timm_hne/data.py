@@ -30,9 +30,6 @@ __all__ = [
 
 DIGITS = 'digits'
 
-# timm takes any other name without a slash for an image folder too.
-_FOLDER_NAMES = ('', 'folder', 'image_folder')
-
 # Kinds of timm's data sets, and the packages that they need.
 _KINDS = {
     'torch': (),
@@ -197,10 +194,9 @@ def open_dataset(
 
 def _validate_name(name: str) -> str:
     """Return the kind of a data set: '' for a folder, 'digits', or the part of timm's name before the slash."""
-    if name in _FOLDER_NAMES:
-        return ''
-    if name == DIGITS:
-        return DIGITS
+    if name in ('', DIGITS):
+        return name
+    # timm takes all names that it does not know for image folders.
     kind, slash, rest = name.partition('/')
     if not slash or not rest or kind.lower() not in _KINDS:
         raise ValueError(

@@ -196,6 +196,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--dataset', default='', metavar='NAME',
         help="timm's name of a data set, e.g. torch/cifar10, or digits (default: an image folder)")
+    parser.add_argument(
+        '--data-name', metavar='NAME',
+        help="name of the data in the results, by which plot.py finds the paper's: cifar10 or cifar100 (default: the "
+             'name of the data set, or of the folder)')
     parser.add_argument('--split', default='validation', help='split of the data set (default: %(default)s)')
     parser.add_argument('--img-size', type=int, metavar='PIXELS', help='image size (default: as trained)')
     parser.add_argument('--batch-size', type=int, default=256)
@@ -261,7 +265,7 @@ def run(args: argparse.Namespace) -> None:
     result = {
         'model': measured['model'],
         'nodes': measured['nodes'],
-        'data': (args.dataset.rpartition('/')[2] or Path(args.data_dir).resolve().name).lower(),
+        'data': args.data_name or (args.dataset.rpartition('/')[2] or Path(args.data_dir).resolve().name).lower(),
         'split': args.split,
         'num_images': measured['num_images'],
         'objective': objective,

@@ -7,15 +7,17 @@
     table1  accuracy at 1, 2, 4, ..., N members, as Markdown
 
 Where a run is one of the paper's Table 1 (same model, data, tree, objective and alpha), the published accuracy is
-drawn beside it, dashed.
+drawn beside it, dashed. The data must be named cifar10 or cifar100, see `timm-hne eval --data-name`.
 """
 import argparse
 import json
+import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from timm_hne.tree import prefixes
+from timm_hne.tree import prefixes, validate_nodes
 
 PAPER = Path(__file__).with_name('paper_table1.json')
 
@@ -46,13 +48,35 @@ def load_runs(paths: list[str], with_paper: bool = True) -> list[Run]:
     for path in paths:
         try:
             run = json.loads(Path(path).read_text(encoding='utf-8'))
-            needed = {'model', 'nodes', 'data', 'objective', 'alpha', 'epochs', 'seed', 'members', 'member_top1'}
-            if missing := needed - set(run):
-                raise ValueError(f'it lacks {", ".join(sorted(missing))}')
+            check_run(run)
         except (ValueError, TypeError) as error:
-            raise ValueError(f'{path} is not the JSON file of an evaluation: {error}.') from error
+            raise ValueError(f'{path} is not the JSON file of an evaluation: {str(error).rstrip(".")}.') from error
         runs.append({**run, 'paper': find_paper_run(run) if with_paper else None})
     return runs
+
+
+def check_run(run: Run) -> None:
+    """Check that a run has all that is drawn.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: Something is missing.
+    """
+    needed = {'model', 'nodes', 'data', 'objective', 'alpha', 'epochs', 'seed', 'members', 'member_top1'}
+    if missing := needed - set(run):
+        raise ValueError(f'it lacks {", ".join(sorted(missing))}')
+    size = validate_nodes(run['nodes'])[-1]
+    rows = run['members'] if isinstance(run['members'], list) else []
+    found = [row.get('num_members') if isinstance(row, dict) else row for row in rows]
+    if found != [*range(1, size + 1)]:
+        raise ValueError(f'its members must be those with num_members 1 to {size}, got {found}')
+    if not isinstance(run['member_top1'], list) or len(run['member_top1']) != size:
+        raise ValueError(f'its member_top1 must be a list of {size} numbers, got {run["member_top1"]!r}')
+    values = [(f'{key} of {row["num_members"]} members', row.get(key))
+              for row in rows for key in ('top1', 'logit_std', 'macs')]
+    for name, value in [*values, *(('member_top1', top1) for top1 in run['member_top1'])]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise TypeError(f'its {name} must be a finite number, got {value!r}')
 
 
 def paper_runs() -> list[Run]:
@@ -309,8 +333,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f'--output must end in {" or ".join(suffixes)}, got {str(args.output)!r}.')
     if not args.runs and args.what != 'table1':
         parser.error('a figure needs the JSON file of at least one evaluation.')
+    if args.output is not None and not args.output.parent.is_dir():
+        parser.error(f'--output: there is no folder {str(args.output.parent)!r}.')
     try:
         runs = load_runs(args.runs, with_paper=not args.no_paper)
+        for name in distinct(runs, 'data'):
+            if name not in DATA and not args.no_paper:
+                print(
+                    f"{parser.prog}: the paper's numbers are of {' and '.join(DATA)}, not of {name!r}; if it is one of "
+                    'them, evaluate with --data-name.', file=sys.stderr)
         made = make_table(runs) if args.what == 'table1' else FIGURES[args.what](runs)
         if args.output is None:
             print(made, end='')
