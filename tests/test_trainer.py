@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,8 @@ from timm.models import load_state_dict
 from timm.utils import load_checkpoint_metadata
 
 from timm_hne import trainer
-from timm_hne.checkpoints import load_weights
+from timm_hne.checkpoints import _FREE_KEYS, load_weights
+from timm_hne.demo import demo_config
 from timm_hne.ensemble import HierarchicalEnsemble
 from timm_hne.recipe import TrainConfig
 from timm_hne.trainer import NonFiniteLossError, train
@@ -454,6 +456,14 @@ def test_recipes_are_valid(path):
         scheduler.step_update(10 * epoch)
         rates.append(optimizer.param_groups[0]['lr'])
     assert max(rates) <= config.lr * (1 + 1e-9) and rates[-1] < 0.2 * max(rates)
+
+
+def test_the_demo_trains_by_the_recipe_of_the_digits(tmp_path):
+    recipe, demo = (
+        {name: value for name, value in asdict(config).items() if name not in _FREE_KEYS}
+        for config in (load_script().parse_args(['--recipe', 'digits.yaml']), demo_config(tmp_path)))
+    # The recipe says what the data set tells the demo.
+    assert recipe == {**demo, 'num_classes': 10}
 
 
 def test_options_override_the_recipe(tmp_path):
