@@ -63,6 +63,12 @@ def test_an_optimised_model_has_the_same_macs():
     assert all(ms > 0 for ms in table.latency_ms[1].values())
 
 
+def test_a_model_that_create_model_has_not_built():
+    model = timm_hne.HNEResNet(width=4, nodes=(1, 1, 1, 1, 2)).eval()
+    for form in (model, optimize_for_inference(model, compile=False)):
+        assert LatencyTable.measure(form, (3, 8, 8), batch_sizes=(1,), repeats=1).model == 'HNEResNet'
+
+
 @pytest.mark.parametrize('latency_ms, batch_size, members', [
     (1., 1, 1), (1.49, 1, 1), (1.5, 1, 2), (1e9, 1, 4), (7., 2, 1), (10., 8, 2), (20., 3, 4),
 ])

@@ -39,11 +39,11 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def _describe(model: HierarchicalEnsemble | OptimizedEnsemble) -> dict[str, Any]:
     """Return what a table says about the model that it is of."""
-    mode = 'original'
+    plain, mode = model, 'original'
     if isinstance(model, OptimizedEnsemble):
-        mode = 'compiled' if model.compile_programs else 'folded'
+        plain, mode = model.model, 'compiled' if model.compile_programs else 'folded'
     return {
-        'model': model.pretrained_cfg['architecture'],
+        'model': (getattr(plain, 'pretrained_cfg', None) or {}).get('architecture') or type(plain).__name__,
         'mode': mode,
         'nodes': tuple(model.nodes),
         'dtype': str(next(model.parameters()).dtype).removeprefix('torch.'),
@@ -61,7 +61,7 @@ class LatencyTable:
     """Median latencies of a model on one machine.
 
     Attributes:
-        model: Name of the architecture.
+        model: Name of the architecture, or of the class if timm's `create_model` has not built the model.
         mode: 'original' for the model as it is, 'compiled' for what `optimize_for_inference` returned, 'folded' for
             that without compilation.
         nodes: Number of nodes of each block of the model.
