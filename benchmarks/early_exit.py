@@ -1,7 +1,7 @@
 """Accuracy against average MACs: images that leave once they are sure, beside a fixed number of members for all.
 
     timm-hne demo --output output/demo
-    python benchmarks/early_exit.py --checkpoint output/demo/model.safetensors --output docs/early_exit
+    python benchmarks/early_exit.py --checkpoint output/demo/model.safetensors --output docs/results/early_exit
 
 Held-out digits are split in two: thresholds are picked on one half, and the other tells what they achieve.
 """

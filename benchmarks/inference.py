@@ -1,6 +1,6 @@
 """Inference speed: against the paper's implementation and what else a user would do, and against the arithmetic.
 
-    python benchmarks/inference.py --sections headline scaling anytime alternatives --output docs/inference
+    python benchmarks/inference.py --sections headline scaling anytime alternatives --output docs/results/inference
 
 Every section times all of its variants in turn, so that a change in the machine's speed meets all of them alike, and
 reports medians and ratios of that one run. Compilation is not timed. Writes one JSON and one Markdown file a section,

@@ -1,7 +1,7 @@
 """Serving under load: the adaptive runner against fixed n = N and n = 1, through a calm, a surge, and a calm.
 
     timm-hne demo --output output/demo
-    python benchmarks/load.py --checkpoint output/demo/model.safetensors --output docs/load
+    python benchmarks/load.py --checkpoint output/demo/model.safetensors --output docs/results/load
 
 The requests are the demo's 360 held-out handwritten digits, again and again, at random times: the rates are set from
 the throughput measured on this machine, the surge being more than n = N can serve and less than n = 1 can. Prints the

@@ -1,6 +1,6 @@
 """Loading: the time from files in the cache of the Hub to a model that is ready, against timm's own loading of them.
 
-    python benchmarks/load_weights.py --output docs/load_weights
+    python benchmarks/load_weights.py --output docs/results/load_weights
 
 Both read the same float16 weights without a network; timm_hne compares every file with its SHA-256 besides. The two
 take turns, and the median of the ratios of each turn counts.
