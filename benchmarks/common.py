@@ -11,6 +11,8 @@ from typing import Any
 import timm
 import torch
 
+from timm_hne.files import write_text
+
 
 def paired_times(callables: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
     """Time callables in turn, so that a change in the machine's speed meets all of them alike.
@@ -69,18 +71,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a Markdown table; the first column is text, the others are numbers."""
     lines = [header, ['---'] + ['---:'] * (len(header) - 1), *rows]
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines) + '\n'
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

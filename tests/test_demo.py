@@ -40,7 +40,7 @@ def test_demo_leaves_all_it_names(short_demo, tmp_path, capsys):
     assert model(digit, num_members=3).shape == (1, 10)
 
 
-@pytest.mark.parametrize('stage', ['save_file', 'plot'])
+@pytest.mark.parametrize('stage', ['save_file', 'plot_accuracy'])
 def test_interrupted_demo_leaves_no_half_written_file(short_demo, stage, tmp_path, monkeypatch, capsys):
     real = getattr(demo, stage)
 

@@ -3,7 +3,6 @@ import argparse
 import json
 import math
 import numbers
-import os
 import platform
 import statistics
 import time
@@ -18,6 +17,7 @@ from timm.models import safe_model_name
 
 from .cost import member_macs
 from .ensemble import HierarchicalEnsemble
+from .files import write_text
 from .inference import check_ready, validate_schedule
 from .optimize import OptimizedEnsemble, optimize_for_inference
 from .version import __version__
@@ -177,14 +177,8 @@ class LatencyTable:
         return max(fitting)
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON, under a temporary name first."""
-        path = Path(path)
-        temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-        try:
-            temporary.write_text(json.dumps(vars(self), indent=2) + '\n')
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the table as JSON."""
+        write_text(path, json.dumps(vars(self), indent=2) + '\n')
 
     @classmethod
     def load(

@@ -3,7 +3,6 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch.utils.benchmark import Timer
 
 from .data import DIGITS, DigitsDataset, ImageSubset, MemoryLoader, load_into_memory
 from .ensemble import HierarchicalEnsemble
-from .evaluate import evaluate
+from .evaluate import evaluate, plot_accuracy
+from .files import write_file, write_text
 from .trainer import TrainConfig, train
 from .tree import prefixes
 
@@ -68,36 +68,6 @@ def measure(model: HierarchicalEnsemble) -> list[dict[str, Any]]:
     return [rows[n] for n in prefixes(model.ensemble_size)]
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw accuracy against MACs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout='constrained')
-    axes = figure.subplots()
-    macs = [row['macs'] / 1e6 for row in rows]
-    axes.plot(macs, [row['top1'] for row in rows], 'o-', color='C0')
-    for row, x in zip(rows, macs):
-        axes.annotate(f'n = {row["num_members"]}', (x, row['top1']), (4, -12), textcoords='offset points')
-    axes.set(
-        xlabel='million MACs per image',
-        ylabel='test accuracy (%)',
-        title=f'One checkpoint, {len(rows)} operating points: {MODEL} on digits',
-        xlim=(0, 1.1 * macs[-1]),
-    )
-    axes.grid(alpha=0.3)
-    figure.savefig(path, format='png', dpi=150)
-
-
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Save a file under a temporary name, then rename it."""
-    temporary = path.with_name(f'{path.name}.tmp')
-    try:
-        save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-hne demo`."""
     parser.add_argument(
@@ -122,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
 
     weights = args.output / 'model.safetensors'
     state = {name: tensor.contiguous() for name, tensor in result.model.state_dict().items()}
-    _write(weights, lambda path: save_file(state, path))
+    write_file(weights, lambda path: save_file(state, path))
     # All that a user of the weights needs is timm.
     model = timm.create_model(MODEL, num_classes=10, in_chans=1, checkpoint_path=str(weights)).eval()
 
@@ -133,8 +103,8 @@ def run(args: argparse.Namespace) -> None:
             f'{row["num_members"]:>7}  {row["top1"]:>7.2f}%  {row["macs"]:>12,}  {row["latency_ms"]:>7.2f} ms  '
             f'{row["logit_std"]:>9.3f}')
     figure = args.output / 'accuracy.png'
-    _write(figure, lambda path: plot(rows, path))
-    _write(args.output / 'results.json', lambda path: path.write_text(json.dumps(rows, indent=1) + '\n'))
+    write_file(figure, lambda path: plot_accuracy(rows, path))
+    write_text(args.output / 'results.json', json.dumps(rows, indent=1) + '\n')
     print(
         f'\n{time.perf_counter() - started:.0f} s. Accuracy on 360 held-out digits; latency for one image on this '
         f'machine;\ndiversity: standard deviation of the logits over the members.\n\n'

@@ -1,8 +1,7 @@
 """Programs for other run-times: one ONNX or torch.export file per number of members."""
 import argparse
-import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -11,6 +10,7 @@ from timm.models import safe_model_name
 
 from .ensemble import HierarchicalEnsemble
 from .evaluate import load_checkpoint
+from .files import write_file
 from .inference import check_ready, validate_schedule
 from .optimize import optimize_for_inference
 
@@ -18,16 +18,6 @@ FORMATS = {'onnx': '.onnx', 'torch.export': '.pt2'}
 
 # Largest difference of logits from the model's own that is accepted, relative to the largest logit.
 TOLERANCE = 1e-4
-
-
-def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """Save under a temporary name, then rename."""
-    temporary = path.with_name(f'.{os.getpid()}.{path.name}')
-    try:
-        save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _onnx_logits(path: Path, x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +92,7 @@ def export(
                         f'The {format} program of {num_members} members differs from the model by {error:.2e} of the '
                         f'largest logit, more than {TOLERANCE:.0e}.')
 
-        _write(path, save)
+        write_file(path, save)
     return path
 
 

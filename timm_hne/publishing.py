@@ -19,7 +19,7 @@ from timm.models import save_for_hf
 from timm.utils import load_checkpoint_metadata
 
 from .ensemble import HierarchicalEnsemble
-from .evaluate import load_checkpoint
+from .evaluate import load_checkpoint, plot_accuracy
 from .hub import CONFIG_NAME, DIGESTS_NAME, WEIGHTS_NAME, digest
 from .tree import prefixes
 
@@ -191,7 +191,7 @@ def write_folder(
         (new / WEIGHTS_NAME).chmod((new / CONFIG_NAME).stat().st_mode)  # safetensors lets only the owner read
         _write_json(new / RESULTS_NAME, results)
         (new / RECIPE_NAME).write_text(recipe, encoding='utf-8')
-        _plot(rows, new / PLOT_NAME)
+        plot_accuracy(rows, new / PLOT_NAME)
         (new / CARD_NAME).write_text(render_card(config, source, results), encoding='utf-8')
         names = sorted(path.name for path in new.iterdir())
         (new / DIGESTS_NAME).write_text(''.join(f'{digest((new / name).read_bytes())}  {name}\n' for name in names))
@@ -277,23 +277,6 @@ def render_card(config: Mapping[str, Any], source: str, results: Mapping[str, An
         results=results,
         rows=rows,
     )) + '\n'
-
-
-def _plot(rows: list[Mapping[str, Any]], path: Path) -> None:
-    """Draw the accuracy of every number of members against its MACs."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError('The plot of the card needs matplotlib: pip install timm-hne[plots]') from error
-    figure = Figure(figsize=(5, 3.5), layout='constrained')
-    axes = figure.subplots()
-    axes.plot([row['macs'] / 1e6 for row in rows], [row['top1'] for row in rows], marker='o')
-    for row in rows:
-        if row['num_members'] in prefixes(len(rows)):
-            point = row['macs'] / 1e6, row['top1']
-            axes.annotate(f'n={row["num_members"]}', point, xytext=(3, -10), textcoords='offset points')
-    axes.set(xlabel='MACs of one image (M)', ylabel='top-1 accuracy (%)', xscale='log')
-    figure.savefig(path, dpi=120, metadata={'Software': None})  # no version: same results, same bytes
 
 
 # The command

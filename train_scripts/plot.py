@@ -12,11 +12,11 @@ drawn beside it, dashed. The data must be named cifar10 or cifar100, see `timm-h
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from timm_hne.files import write_file, write_text
 from timm_hne.tree import prefixes, validate_nodes
 
 PAPER = Path(__file__).with_name('paper_table1.json')
@@ -299,16 +299,11 @@ def make_table(runs: list[Run]) -> str:
 
 
 def save(path: Path, figure) -> None:
-    """Write a figure, or text, under a temporary name first."""
-    temporary = path.with_name(f'{path.stem}.{os.getpid()}.tmp{path.suffix}')
-    try:
-        if isinstance(figure, str):
-            temporary.write_text(figure, encoding='utf-8')
-        else:
-            figure.savefig(temporary, dpi=150)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a figure, or text."""
+    if isinstance(figure, str):
+        write_text(path, figure)
+    else:
+        write_file(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
 FIGURES = {

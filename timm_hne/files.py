@@ -1,0 +1,26 @@
+"""Files that are either whole or not there."""
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_file(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
+    """Let a function save a file under a temporary name, then rename it; nothing is left if it fails.
+
+    Args:
+        path: File to write; its folder is created.
+        save: Function that writes to the path it is given, which ends like `path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{os.getpid()}.{path.name}')
+    try:
+        save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file in UTF-8 as `write_file` does."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding='utf-8'))
