@@ -82,7 +82,7 @@ def test_no_module_has_the_name_of_a_function():
 @pytest.mark.parametrize('package', ['huggingface_hub', 'jinja2', 'pyyaml', 'safetensors', 'timm', 'torch'])
 def test_what_publishing_needs_is_declared(package):
     text = (Path(__file__).parent.parent / 'pyproject.toml').read_text()
-    assert f'"{package}>=' in text.partition('dependencies = [')[2].partition(']')[0]
+    assert f'"{package}' in text.partition('dependencies = [')[2].partition(']')[0]
 
 
 def test_the_same_thing_twice_is_one_commit(alice, model):
