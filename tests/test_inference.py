@@ -56,7 +56,7 @@ def schedules(size):
 
 @pytest.mark.parametrize('nodes', TREES)
 def test_anytime_equals_direct_evaluation(nodes):
-    model, x = small_resnet(nodes), images()
+    model, x = small_resnet(nodes).double(), images().double()
     expected = direct(model, x)
     for schedule in schedules(model.ensemble_size):
         for n, logits in zip(schedule, model.anytime(x, schedule), strict=True):

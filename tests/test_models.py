@@ -284,7 +284,7 @@ def test_the_full_path_replicates_nothing_and_no_path_copies_weights(name):
     aten = torch.ops.aten
     views = {aten.slice, aten.alias, aten.detach, aten.view}
     needed = {
-        aten.convolution, aten.native_batch_norm, aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_, aten.add,
+        aten.convolution, aten.native_batch_norm, aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_, aten.add_,
         aten.empty,  # a batch normalisation's unused statistics
     }
     for n in range(1, model.ensemble_size + 1):

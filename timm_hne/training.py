@@ -54,15 +54,13 @@ def run(args: argparse.Namespace) -> None:
     with _injected(), warnings.catch_warnings():
         try:
             runpy.run_path(args.script, run_name='__main__')
-        except ImportError as error:
-            if (error.name or '').partition('.')[0] != 'timm':
-                raise
-            raise SystemExit(
-                f'error: {args.script} does not fit the installed timm {timm.__version__} ({error}). Use the script of '
-                f'that version: https://github.com/huggingface/pytorch-image-models/tree/v{timm.__version__}'
-            ) from error
-        except Exception:
-            # An error of the script, or of what it calls, is reported as `python SCRIPT` would.
+        except Exception as error:
+            if isinstance(error, ImportError) and (error.name or '').partition('.')[0] == 'timm':
+                raise SystemExit(
+                    f'error: {args.script} does not fit the installed timm {timm.__version__} ({error}). Use the '
+                    f'script of that version: https://github.com/huggingface/pytorch-image-models/tree/v{timm.__version__}'
+                ) from error
+            # Any other error of the script, or of what it calls, is reported as `python SCRIPT` would.
             traceback.print_exc()
             raise SystemExit(1) from None
 
