@@ -136,7 +136,7 @@ def test_the_card(alice, model):
     assert [result.metric_value for result in card.data.eval_results] == [81.0, 82.0, 84.0, 88.0]
     assert '| 4 | 84.00 | 99.00 | 40.0 | 0.100 | 0.5000 | 0.0300 |' in card.text
     assert 'class0, class1' in card.text
-    assert Image.open('net/accuracy.png').size == (600, 420)
+    assert Image.open('net/accuracy.png').size == (720, 480)
 
 
 @pytest.mark.parametrize('in_chans', [1, 3])
