@@ -119,7 +119,6 @@ def _cfg(**kwargs):
         classifier='classifier',
         paper_ids='arXiv:2003.01474',
         paper_name='Distilled Hierarchical Neural Ensembles with Adaptive Inference Cost',
-        origin_url='https://github.com/timm-hne/timm_hne',
         license='apache-2.0',
         **kwargs,
     )
