@@ -178,7 +178,7 @@ def test_command(tmp_path, capsys):
     assert str(table) in capsys.readouterr().out
     with pytest.raises(SystemExit) as error:
         main(['bench', 'resnet18'])
-    assert error.value.code == 1 and 'name must be one of' in capsys.readouterr().err
+    assert error.value.code == 1 and 'model must be a hierarchical ensemble' in capsys.readouterr().err
 
 
 def test_command_finds_out_about_a_bad_output_first(tmp_path, monkeypatch, capsys):

@@ -19,8 +19,9 @@ from timm.utils import CheckpointSaver
 
 import timm_hne.evaluate as evaluation
 from timm_hne.__main__ import main
+from timm_hne.checkpoints import load_checkpoint
 from timm_hne.cost import member_macs
-from timm_hne.evaluate import evaluate, load_checkpoint, to_markdown
+from timm_hne.evaluate import evaluate, to_markdown
 from timm_hne.hne_resnet import HNEResNet
 
 NAME = 'hne_resnet50_c8'

@@ -11,6 +11,7 @@ COMMANDS = {
     'cost': ('cost', 'print what n members cost in MACs and parameters'),
     'run': ('training', "run one of timm's scripts with the hne_* models and their loss"),
     'eval': ('evaluate', 'measure accuracy, diversity and calibration for every number of members'),
+    'predict': ('predict', 'print the labels of image files, at a cost of your choice'),
     'bench': ('budget', 'measure the latency of every number of members on this machine'),
     'export': ('export', 'write one ONNX or torch.export program per number of members'),
     'publish': ('publishing', 'publish a checkpoint on the Hugging Face Hub'),

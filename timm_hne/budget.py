@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.models import safe_model_name
 
+from .checkpoints import create_ensemble
 from .cost import member_macs
 from .ensemble import HierarchicalEnsemble
 from .files import write_text
@@ -268,9 +268,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure a latency table, print it and save it."""
     kwargs = {'num_classes': args.num_classes, 'nodes': args.nodes}
-    model = timm.create_model(args.name, **{key: value for key, value in kwargs.items() if value is not None}).eval()
-    if not isinstance(model, HierarchicalEnsemble):
-        raise ValueError(f'name must be one of {timm.list_models("hne_*")}, got {args.name!r}.')
+    model = create_ensemble(args.name, **{key: value for key, value in kwargs.items() if value is not None}).eval()
     input_size = model.pretrained_cfg['input_size']
     if args.img_size is not None:
         if len(args.img_size) > 2:

@@ -1,14 +1,19 @@
 """Finding, checking and loading the checkpoints of training runs."""
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 import torch.nn as nn
 from timm.models import load_state_dict
 from timm.utils import load_checkpoint_metadata
 
-__all__ = ['check_same_run', 'find_checkpoint', 'load_weights']
+from .ensemble import HierarchicalEnsemble
+
+__all__ = ['check_same_run', 'create_ensemble', 'find_checkpoint', 'load_checkpoint', 'load_weights']
 
 _logger = logging.getLogger(__name__)
 
@@ -76,3 +81,82 @@ def check_same_run(checkpoint: Path, config: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise ValueError(f'the run in {checkpoint.parent} cannot be continued, it differs: {"; ".join(changed)}.')
+
+
+def load_checkpoint(path: str | os.PathLike, name: str | None = None) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
+    """Build the model of a checkpoint and load its weights, the averaged ones (EMA) if there are any.
+
+    The sharing scheme, classes and image channels are read off the weights.
+
+    Args:
+        path: Checkpoint of this package's or timm's training, or a state dict, as a PyTorch or safetensors file.
+        name: Name of the model; the one in the checkpoint if None.
+
+    Returns:
+        The model, and the arguments of its training as far as the checkpoint has them, with `epochs` being those done.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint of this model.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'checkpoint does not exist: {path}')
+    try:
+        state = load_state_dict(path)
+        metadata = {} if path.endswith('.safetensors') else load_checkpoint_metadata(path)
+    except Exception as error:  # whatever the readers of two formats make of junk
+        raise ValueError(f'checkpoint {path} cannot be read: {error}') from error
+    config = metadata.get('args') or {}
+    config = dict(config if isinstance(config, dict) else vars(config))
+    if 'epoch' in metadata:
+        config['epochs'] = metadata['epoch'] + 1
+
+    name = name or metadata.get('arch')
+    if name is None:
+        raise ValueError(f'checkpoint {path} does not say which model it is of, name it.')
+    kwargs = {**(config.get('model_kwargs') or {}), 'global_pool': config.get('gp')}
+    try:
+        kwargs.update(_sizes(state, create_ensemble(name, device='meta', **kwargs)))
+        model = create_ensemble(name, **kwargs)
+        model.load_state_dict(state)
+    except KeyError as error:
+        raise ValueError(f'checkpoint {path} is not one of {name}: it lacks the tensor {error}.') from error
+    except (RuntimeError, ValueError) as error:
+        # PyTorch goes on to name every tensor.
+        reason = ' '.join(' '.join(str(error).splitlines()[:2]).split())
+        recorded = f' It says that it is of {metadata["arch"]}.' if metadata.get('arch', name) != name else ''
+        raise ValueError(f'checkpoint {path} is not one of {name}: {reason}{recorded}') from error
+    return model, config
+
+
+def create_ensemble(name: str, **kwargs) -> HierarchicalEnsemble:
+    """Create a model by timm's `create_model` and make sure that it is a hierarchical ensemble.
+
+    Raises:
+        ValueError: It is none.
+    """
+    # timm's own models are refused before their weights are fetched.
+    is_timms = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm.')
+    model = None if is_timms else timm.create_model(name, **kwargs)
+    if not isinstance(model, HierarchicalEnsemble):
+        raise ValueError(f'model must be a hierarchical ensemble, such as {timm.list_models("hne_*")}, got {name!r}.')
+    return model
+
+
+def _sizes(state: dict[str, torch.Tensor], model: HierarchicalEnsemble) -> dict[str, Any]:
+    """Read arguments of a model off weights; `model` is one of the same architecture."""
+    nodes = []
+    for block in range(len(model.nodes)):
+        key, weight = next((k, v) for k, v in model.state_dict().items() if k.startswith(f'blocks.{block}.'))
+        channels = weight.shape[0] // model.nodes[block]
+        count, rest = divmod(state[key].shape[0], channels)
+        if rest or not count:
+            raise ValueError(
+                f'block {block} has {state[key].shape[0]} channels, which are not nodes of {channels} channels each.')
+        nodes.append(count)
+    return {
+        'nodes': tuple(nodes),
+        'num_classes': state[f'{model.pretrained_cfg["classifier"]}.weight'].shape[0] // nodes[-1],
+        'in_chans': state[f'{model.pretrained_cfg["first_conv"]}.weight'].shape[1],
+    }

@@ -6,14 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import create_loader, resolve_data_config
-from timm.models import load_state_dict
-from timm.utils import load_checkpoint_metadata
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
+from .checkpoints import create_ensemble, load_checkpoint
 from .cost import member_macs
 from .data import ImageSubset, num_classes_of, open_dataset
 from .ensemble import HierarchicalEnsemble
@@ -21,7 +19,7 @@ from .files import write_text
 from .metrics import EnsembleMetrics
 from .tree import prefixes
 
-__all__ = ['evaluate', 'load_checkpoint', 'plot_accuracy', 'to_markdown']
+__all__ = ['evaluate', 'plot_accuracy', 'to_markdown']
 
 # Head of a column and format of a value, for every metric of the report.
 _COLUMNS = {
@@ -87,80 +85,6 @@ def evaluate(
         'num_images': metrics.num_images,
         'members': [{**row, 'macs': macs[row['num_members']]} for row in measured['members']],
         'member_top1': measured['member_top1'],
-    }
-
-
-def load_checkpoint(path: str | os.PathLike, name: str | None = None) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
-    """Build the model of a checkpoint and load its weights, the averaged ones (EMA) if there are any.
-
-    The sharing scheme, classes and image channels are read off the weights.
-
-    Args:
-        path: Checkpoint of this package's or timm's training, or a state dict, as a PyTorch or safetensors file.
-        name: Name of the model; the one in the checkpoint if None.
-
-    Returns:
-        The model, and the arguments of its training as far as the checkpoint has them, with `epochs` being those done.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no checkpoint of this model.
-    """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'checkpoint does not exist: {path}')
-    try:
-        state = load_state_dict(path)
-        metadata = {} if path.endswith('.safetensors') else load_checkpoint_metadata(path)
-    except Exception as error:  # whatever the readers of two formats make of junk
-        raise ValueError(f'checkpoint {path} cannot be read: {error}') from error
-    config = metadata.get('args') or {}
-    config = dict(config if isinstance(config, dict) else vars(config))
-    if 'epoch' in metadata:
-        config['epochs'] = metadata['epoch'] + 1
-
-    name = name or metadata.get('arch')
-    if name is None:
-        raise ValueError(f'checkpoint {path} does not say which model it is of, name it.')
-    kwargs = {**(config.get('model_kwargs') or {}), 'global_pool': config.get('gp')}
-    try:
-        kwargs.update(_sizes(state, _create(name, device='meta', **kwargs)))
-        model = _create(name, **kwargs)
-        model.load_state_dict(state)
-    except KeyError as error:
-        raise ValueError(f'checkpoint {path} is not one of {name}: it lacks the tensor {error}.') from error
-    except (RuntimeError, ValueError) as error:
-        # PyTorch goes on to name every tensor.
-        reason = ' '.join(' '.join(str(error).splitlines()[:2]).split())
-        recorded = f' It says that it is of {metadata["arch"]}.' if metadata.get('arch', name) != name else ''
-        raise ValueError(f'checkpoint {path} is not one of {name}: {reason}{recorded}') from error
-    return model, config
-
-
-def _create(name: str, **kwargs) -> HierarchicalEnsemble:
-    # timm's own models are refused before their weights are fetched.
-    is_timms = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm.')
-    model = None if is_timms else timm.create_model(name, **kwargs)
-    if not isinstance(model, HierarchicalEnsemble):
-        raise ValueError(f'model must be a hierarchical ensemble, such as {timm.list_models("hne_*")}, got {name!r}.')
-    return model
-
-
-def _sizes(state: dict[str, torch.Tensor], model: HierarchicalEnsemble) -> dict[str, Any]:
-    """Read arguments of a model off weights; `model` is one of the same architecture."""
-    nodes = []
-    for block in range(len(model.nodes)):
-        key, weight = next((k, v) for k, v in model.state_dict().items() if k.startswith(f'blocks.{block}.'))
-        channels = weight.shape[0] // model.nodes[block]
-        count, rest = divmod(state[key].shape[0], channels)
-        if rest or not count:
-            raise ValueError(
-                f'block {block} has {state[key].shape[0]} channels, which are not nodes of {channels} channels each.')
-        nodes.append(count)
-    return {
-        'nodes': tuple(nodes),
-        'num_classes': state[f'{model.pretrained_cfg["classifier"]}.weight'].shape[0] // nodes[-1],
-        'in_chans': state[f'{model.pretrained_cfg["first_conv"]}.weight'].shape[1],
     }
 
 
@@ -262,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
     if args.checkpoint:
         model, config = load_checkpoint(args.checkpoint, args.model)
     else:
-        model, config = _create(args.model, pretrained=True), {}
+        model, config = create_ensemble(args.model, pretrained=True), {}
     device = torch.device(args.device)
 
     # What the training was told about its images holds here too.

@@ -4,12 +4,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import timm
 import torch
 from timm.models import safe_model_name
 
+from .checkpoints import create_ensemble, load_checkpoint
 from .ensemble import HierarchicalEnsemble
-from .evaluate import load_checkpoint
 from .files import write_file
 from .inference import check_ready, validate_schedule
 from .optimize import optimize_for_inference
@@ -114,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     kwargs = {'num_classes': args.num_classes, 'in_chans': args.in_chans, 'nodes': args.nodes}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     if args.checkpoint is None:
-        model = timm.create_model(args.name, pretrained=args.pretrained, **kwargs)
+        model = create_ensemble(args.name, pretrained=args.pretrained, **kwargs)
     elif args.pretrained:
         raise ValueError('only one of --checkpoint and --pretrained may be given.')
     else:
@@ -124,8 +123,6 @@ def run(args: argparse.Namespace) -> None:
             if found != (tuple(value) if key == 'nodes' else value):
                 raise ValueError(f'{key} must be that of the checkpoint, {found}, or left out, got {value}.')
     model.eval()
-    if not isinstance(model, HierarchicalEnsemble):
-        raise ValueError(f'name must be one of {timm.list_models("hne_*")}, got {args.name!r}.')
     input_size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
     if args.img_size is not None:
         if len(args.img_size) > 2:

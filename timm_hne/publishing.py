@@ -18,8 +18,9 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 from timm.utils import load_checkpoint_metadata
 
+from .checkpoints import load_checkpoint
 from .ensemble import HierarchicalEnsemble
-from .evaluate import load_checkpoint, plot_accuracy
+from .evaluate import plot_accuracy
 from .hub import CONFIG_NAME, DIGESTS_NAME, WEIGHTS_NAME, digest
 from .tree import prefixes
 

@@ -1,0 +1,127 @@
+"""`timm-hne predict`: the labels it prints are the model's, whatever the file."""
+import itertools
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from test_hub import results_of, trained_model
+
+from timm_hne import inference
+from timm_hne.__main__ import main
+from timm_hne.predict import load_image
+from timm_hne.publishing import write_folder
+
+NODES = (1, 1, 2, 2, 4)
+LABELS = ['ant', 'bee', 'cow', 'dog', 'eel', 'fox', 'gnu', 'hen', 'ibex', 'jay']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('published') / 'net'
+    model = trained_model(nodes=NODES)
+    model.classifier.weight.data /= 100  # else one class is so sure that the others tie
+    write_folder(model, folder, 'hf-hub:alice/net', results_of(model), dict(epochs=1), label_names=LABELS)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def model(folder):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / 'image.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def predict(capsys, *args):
+    """Run the command; return of every image its name, the members used, and labels with percentages."""
+    main(['predict', *map(str, args)])
+    predictions = []
+    for line in capsys.readouterr().out.splitlines():
+        if found := re.fullmatch(r'(.*): (\d+) members?, \d+\.\d ms', line):
+            predictions.append((found[1], int(found[2]), {}))
+        else:
+            percent, label = re.fullmatch(r' *(\d+\.\d)%  (.*)', line).groups()
+            predictions[-1][2][label] = float(percent)
+    return predictions
+
+
+@pytest.mark.parametrize(('options', 'num_members'), [((), 4), (('--num-members', 1), 1), (('--num-members', 3), 3)])
+@pytest.mark.parametrize('top_k', [1, 5, 100])
+def test_labels_and_probabilities_are_the_models(folder, model, image, capsys, options, num_members, top_k):
+    (name, used, found), = predict(capsys, image, '--model', f'local-dir:{folder}', '--top-k', top_k, *options)
+    assert (name, used) == (str(image), num_members)
+    with torch.no_grad():
+        probabilities = model(load_image(image, model), num_members=num_members).softmax(-1)[0]
+    best = probabilities.argsort(descending=True)[:top_k]
+    assert list(found) == [LABELS[i] for i in best]
+    assert list(found.values()) == pytest.approx([100 * probabilities[i].item() for i in best], abs=0.051)
+
+
+def test_several_images_in_the_order_given(folder, image, tmp_path, capsys):
+    other = tmp_path / 'other.jpg'
+    Image.new('L', (8, 300), 77).save(other)
+    found = predict(capsys, other, image, other, '--model', f'local-dir:{folder}')
+    assert [name for name, *_ in found] == [str(other), str(image), str(other)]
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize(('budget_ms', 'num_members'), [(5, 1), (39, 1), (41, 2), (69, 2), (71, 4)])
+def test_as_many_members_as_a_budget_allows(folder, image, capsys, monkeypatch, budget_ms, num_members):
+    """With a clock that moves by 10 ms whenever it is looked at: before a step is chosen, when it begins and ends."""
+    clock = itertools.count()
+    monkeypatch.setattr(inference, '_clock', lambda: next(clock) / 100)
+    (_, used, _), = predict(capsys, image, '--model', f'local-dir:{folder}', '--budget-ms', budget_ms)
+    assert used == num_members
+
+
+def test_pictures_are_turned_upright_and_prepared_as_timm_does(model, image, tmp_path):
+    picture = Image.open(image)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    assert torch.equal(load_image(image, model), transform(picture)[None])
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / 'turned.png', exif=exif)
+    assert torch.equal(load_image(tmp_path / 'turned.png', model), load_image(image, model))
+
+    picture.convert('RGBA').save(tmp_path / 'alpha.png')
+    assert torch.equal(load_image(tmp_path / 'alpha.png', model), load_image(image, model))
+    grey = timm.create_model('hne_resnet50_c8', in_chans=1, nodes=NODES, pretrained_cfg_overlay=dict(
+        input_size=(1, 32, 32), mean=(0.5,), std=(0.25,)))
+    assert load_image(image, grey).shape == (1, 1, 32, 32)
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--num-members', '5'], r'num_members must be from 1 to 4, got 5'),
+    (['--num-members', '0'], r'num_members must be from 1 to 4, got 0'),
+    (['--budget-ms', '0'], r'budget_ms must be positive and finite, got 0'),
+    (['--budget-ms', 'nan'], r'budget_ms must be positive and finite, got nan'),
+    (['--budget-ms', '5', '--num-members', '1'], r'--num-members: not allowed with argument --budget-ms'),
+    (['--top-k', '0'], r'top_k must be at least 1, got 0'),
+    (['--model', 'resnet18'], r'model must be a hierarchical ensemble'),
+    (['--model', 'hne_mobilenetv2_075_e8'], r'hne_mobilenetv2_075_e8\.\S+ has no pretrained weights'),
+])
+def test_bad_arguments(folder, image, capsys, options, message):
+    with pytest.raises(SystemExit) as error:
+        main(['predict', str(image), '--model', f'local-dir:{folder}', *options])
+    assert error.value.code
+    printed = capsys.readouterr()
+    assert re.search(message, printed.err) and not printed.out
+
+
+def test_files_that_are_no_images(folder, image, tmp_path, capsys):
+    """They are named before anything is predicted."""
+    (tmp_path / 'text.jpg').write_text('no image')
+    (tmp_path / 'cut.png').write_bytes(image.read_bytes()[:200])
+    for path in (tmp_path / 'missing.png', tmp_path / 'text.jpg', tmp_path / 'cut.png', tmp_path):
+        with pytest.raises(SystemExit):
+            main(['predict', str(image), str(path), '--model', f'local-dir:{folder}'])
+        printed = capsys.readouterr()
+        assert f'image {path} cannot be read: ' in printed.err and not printed.out
