@@ -114,7 +114,7 @@ def test_runs_are_told_apart_by_what_differs(plot):
 
 
 def test_table_puts_the_paper_beside_the_runs(plot, write, tmp_path):
-    runs = [make_run(), make_run(data='digits', seed=None), make_run('hierarchical'), make_run(seed=1)]
+    runs = [make_run(), make_run(data='digits', seed=None), make_run('hierarchical'), make_run(epochs=9)]
     output = tmp_path / 'table.md'
     plot.main(['table1', *write(*runs), '--output', str(output)])
     rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in output.read_text().splitlines() if '|' in line]
@@ -128,6 +128,27 @@ def test_table_puts_the_paper_beside_the_runs(plot, write, tmp_path):
         ['digits', '$L_I$', 'measured', '80.2'],
     ]
     assert all(len(row) == 12 for row in rows)
+
+
+def test_runs_of_several_seeds_are_averaged(plot, write):
+    runs = plot.load_runs(write(make_run(shift=1.), make_run('hierarchical'), make_run(seed=3, shift=4.)))
+    assert [(run['objective'], run['seed']) for run in runs] == [('independent', '0, 3'), ('hierarchical', '0')]
+    assert [row['top1'] for row in runs[0]['members']] == [80 + n / 4 + 2.5 for n in range(1, 17)]
+    assert runs[0]['member_top1'] == pytest.approx([82.5 + m / 10 for m in range(16)])
+    assert runs[0]['members'][3]['macs'] == 14 * 10 ** 6
+    unknown = plot.load_runs(write(make_run(seed=None), make_run(seed=None)))
+    assert [run['seed'] for run in unknown] == [None]
+
+
+def test_table_can_say_what_was_not_run(plot, write, capsys):
+    plot.main(['table1', *write(make_run()), '--missing'])
+    table = capsys.readouterr().out
+    assert table.count('| paper |') == 16
+    assert table.count('| measured |') == 1
+    assert table.count('|  |  | not run |  |  |  |  |  |') == 15
+    lines = table.splitlines()
+    for paper, ours in zip(lines[4::2], lines[5::2]):  # the setting is named before epochs, seed and source
+        assert paper.split('|')[1:5] == ours.split('|')[1:5]
 
 
 def test_table_of_the_paper_alone(plot, capsys):

@@ -6,14 +6,16 @@
     fig9    accuracy against the number of members, and each member's own; a panel per run
     table1  accuracy at 1, 2, 4, ..., N members, as Markdown
 
-Where a run is one of the paper's Table 1 (same model, data, tree, objective and alpha), the published accuracy is
-drawn beside it, dashed. The data must be named cifar10 or cifar100, see `timm-hne eval --data-name`.
+Runs that differ in nothing but their seed are averaged. Where a run is one of the paper's Table 1 (same model, data,
+tree, objective and alpha), the published accuracy is drawn beside it, dashed. The data must be named cifar10 or
+cifar100, see `timm-hne eval --data-name`.
 """
 import argparse
 import json
 import math
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from timm_hne.files import write_file, write_text
@@ -30,6 +32,7 @@ OBJECTIVES = {
 }
 MODELS = {'hne_resnet50_c8': 'HNE small', 'hne_resnet50_c16': 'HNE', 'hne_mobilenetv2_075_e8': 'HNE MobileNetV2'}
 DATA = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100'}
+SETTING = ('model', 'data', 'nodes', 'objective', 'alpha')  # what makes a run one of the paper's Table 1
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow, which is hard to see on white.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000')
 MARKERS = 'osD^vPX'
@@ -38,7 +41,7 @@ Run = dict[str, Any]
 
 
 def load_runs(paths: list[str], with_paper: bool = True) -> list[Run]:
-    """Read evaluations; `run['paper']` becomes what the paper published about a run, or None.
+    """Read evaluations and average those of several seeds; `run['paper']` becomes what the paper published, or None.
 
     Raises:
         OSError: A file cannot be read.
@@ -51,8 +54,8 @@ def load_runs(paths: list[str], with_paper: bool = True) -> list[Run]:
             check_run(run)
         except (ValueError, TypeError) as error:
             raise ValueError(f'{path} is not the JSON file of an evaluation: {str(error).rstrip(".")}.') from error
-        runs.append({**run, 'paper': find_paper_run(run) if with_paper else None})
-    return runs
+        runs.append(run)
+    return [{**run, 'paper': find_paper_run(run) if with_paper else None} for run in average_seeds(runs)]
 
 
 def check_run(run: Run) -> None:
@@ -79,6 +82,28 @@ def check_run(run: Run) -> None:
             raise TypeError(f'its {name} must be a finite number, got {value!r}')
 
 
+def average_seeds(runs: list[Run]) -> list[Run]:
+    """Return the mean of every group of runs that differ in nothing but their seed; `seed` becomes all of theirs."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        setting = {key: value for key, value in run.items() if key not in ('seed', 'members', 'member_top1')}
+        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
+    averaged = []
+    for group in groups.values():
+        seeds = sorted({run['seed'] for run in group if run['seed'] is not None})
+        averaged.append({
+            **group[0],
+            'seed': ', '.join(map(str, seeds)) or None,
+            'members': [
+                {key: fmean(row[key] for row in rows) for key in ('top1', 'logit_std', 'macs')}
+                | {'num_members': rows[0]['num_members']}
+                for rows in zip(*(run['members'] for run in group))
+            ],
+            'member_top1': [fmean(values) for values in zip(*(run['member_top1'] for run in group))],
+        })
+    return averaged
+
+
 def paper_runs() -> list[Run]:
     """Return the paper's Table 1 in the form of evaluations that have nothing but the accuracy."""
     table = json.loads(PAPER.read_text(encoding='utf-8'))
@@ -97,7 +122,7 @@ def paper_runs() -> list[Run]:
 def find_paper_run(run: Run) -> Run | None:
     """Return what the paper published about a run, with the MACs of the run, or None."""
     for paper in paper_runs():
-        if all(paper[key] == run[key] for key in ('model', 'data', 'nodes', 'objective', 'alpha')):
+        if all(paper[key] == run[key] for key in SETTING):
             macs = {row['num_members']: row['macs'] for row in run['members']}
             return {**paper, 'members': [{**row, 'macs': macs[row['num_members']]} for row in paper['members']]}
     return None
@@ -271,12 +296,22 @@ def hide_empty(axes) -> None:
         axis.set_visible(axis.has_data())
 
 
-def make_table(runs: list[Run]) -> str:
-    """Render Table 1: the runs, each below what the paper published about it; the paper's whole table without runs."""
+def make_table(runs: list[Run], missing: bool = False) -> str:
+    """Render Table 1: the runs, each below what the paper published about it; the paper's whole table without runs.
+
+    Args:
+        runs: What `load_runs` returned.
+        missing: List what the paper has and the runs have not, too.
+    """
     rows = []
     for run in runs:
         rows += [('paper', run['paper']), ('measured', run)]
-    rows = rows or [('paper', run) for run in paper_runs()]
+    done = [[run[key] for key in SETTING] for run in runs]
+    if missing or not runs:
+        for paper in paper_runs():
+            if [paper[key] for key in SETTING] not in done:
+                rows += [('paper', paper)]
+                rows += [('not run', {**paper, 'epochs': None, 'members': []})] if missing else []
     rows = [row for index, row in enumerate(rows) if row[1] is not None and row not in rows[:index]]
     groups = list(dict.fromkeys((run['model'], run['data']) for _, run in rows))
     rows.sort(key=lambda row: groups.index((row[1]['model'], row[1]['data'])))
@@ -319,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('what', choices=[*FIGURES, 'table1'])
     parser.add_argument('runs', nargs='*', metavar='RUN.json', help="without any, table1 is the paper's")
     parser.add_argument('--output', type=Path, help='.png, .svg or .pdf; .md for table1, which is printed otherwise')
+    parser.add_argument('--missing', action='store_true', help='table1: list what was not run, too')
     parser.add_argument('--no-paper', action='store_true', help="leave out the paper's published numbers")
     args = parser.parse_args(argv)
     suffixes = ('.md',) if args.what == 'table1' else ('.png', '.svg', '.pdf')
@@ -337,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(
                     f"{parser.prog}: the paper's numbers are of {' and '.join(DATA)}, not of {name!r}; if it is one of "
                     'them, evaluate with --data-name.', file=sys.stderr)
-        made = make_table(runs) if args.what == 'table1' else FIGURES[args.what](runs)
+        made = make_table(runs, args.missing) if args.what == 'table1' else FIGURES[args.what](runs)
         if args.output is None:
             print(made, end='')
         else:
