@@ -1,6 +1,6 @@
 """Inference speed: against the paper's implementation and what else a user would do, and against the arithmetic.
 
-    python benchmarks/inference.py --sections headline scaling anytime alternatives --output docs/results/inference
+    python benchmarks/inference.py --output docs/results/inference          # --sections chooses some of them
 
 Every section times all of its variants in turn, so that a change in the machine's speed meets all of them alike, and
 reports medians and ratios of that one run. Compilation is not timed. Writes one JSON and one Markdown file a section,
@@ -19,6 +19,7 @@ from paper import PaperNetwork
 
 from timm_hne import HierarchicalEnsemble, optimize_for_inference
 from timm_hne.cost import member_macs
+from timm_hne.optimize import FoldedConv
 from timm_hne.tree import prefixes
 
 Section = tuple[list[str], list[list[object]], dict]
@@ -68,14 +69,22 @@ def headline(model: HierarchicalEnsemble, args: argparse.Namespace) -> Section:
     return ['variant', 'ms', 'speed-up over the first row', 'over the second'], rows, results
 
 
-def matmul_rate(dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """Return a call that does 2048^3 multiply-accumulates as one matrix product."""
+DENSE_MACS = 2 ** 33
+
+
+def dense_products(dtype: torch.dtype, device: str) -> dict[str, Callable[[], None]]:
+    """Return calls that do 2^33 multiply-accumulates as one dense product; the fastest is the machine's peak here."""
     a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
-    return wait(torch.matmul, a, b)
+    x = torch.randn(128, 512, 16, 16, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(512, 512, 1, 1, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    return {'matmul': wait(torch.matmul, a, b), 'conv2d': wait(torch.nn.functional.conv2d, x, weight)}
 
 
 def scaling(model: HierarchicalEnsemble, args: argparse.Namespace) -> Section:
-    """Time of n members over that of one, beside their MACs, and the share of the machine's matrix-product rate."""
+    """Time of n members over that of one, beside their MACs, and the share of the machine's rate of dense products.
+
+    That rate is the faster of a product of two 2048 x 2048 matrices and a 1x1 convolution of 512 channels.
+    """
     macs = member_macs(model)
     rows, results = [], {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -84,8 +93,9 @@ def scaling(model: HierarchicalEnsemble, args: argparse.Namespace) -> Section:
         for batch_size in args.batch_sizes:
             x = images(batch_size, args)
             calls = {n: wait(form, x, n) for n in prefixes(model.ensemble_size)}
-            medians = paired_medians({**calls, 'peak': matmul_rate(dtype, args.device)}, args.repeats, warmup=2)
-            peak = 2048 ** 3 / medians.pop('peak')
+            dense = dense_products(dtype, args.device)
+            medians = paired_medians({**calls, **dense}, args.repeats, warmup=2)
+            peak = DENSE_MACS / min(medians.pop(name) for name in dense)
             results[f'{name}, batch {batch_size}'] = {'peak_macs_per_s': peak, 'seconds': medians}
             for n, seconds in medians.items():
                 by_time, by_macs = seconds / medians[1], macs[n] / macs[1]
@@ -95,7 +105,7 @@ def scaling(model: HierarchicalEnsemble, args: argparse.Namespace) -> Section:
                     f'{by_time / by_macs - 1:+.0%}', f'{rate / 1e9:.1f}', f'{rate / peak:.0%}',
                 ])
     results['macs'] = macs
-    return ['', 'ms', 'time / time(1)', 'MACs / MACs(1)', 'difference', 'GMAC/s', 'of matmul'], rows, results
+    return ['', 'ms', 'time / time(1)', 'MACs / MACs(1)', 'difference', 'GMAC/s', 'of dense'], rows, results
 
 
 def plot_scaling(results: dict, path: Path) -> None:
@@ -115,6 +125,51 @@ def plot_scaling(results: dict, path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def limits(model: HierarchicalEnsemble, args: argparse.Namespace) -> Section:
+    """Where the time of all members goes, at batch 32: the layers of a kind by themselves, beside the whole model.
+
+    Folded, not compiled; a layer is a convolution with its activation. The rest is additions, pooling and classifier.
+    """
+    rows, results = [], {}
+    for dtype in (torch.float32, torch.bfloat16):
+        form, x = optimize_for_inference(model, compile=False, dtype=dtype), images(32, args)
+        form(x)
+        inputs: dict[str, list[tuple]] = {}
+        macs: dict[str, int] = {}
+
+        def record(layer: FoldedConv, args: tuple, output: torch.Tensor, inputs=inputs, macs=macs) -> None:
+            size = f'{layer.kernel_size[0]}x{layer.kernel_size[0]}'
+            if layer.groups == layer.in_channels:
+                kind = f'{size}, depth-wise'
+            else:
+                kind = f'{size}, {"one parent" if layer.parents == 1 else "several parents"}'
+            inputs.setdefault(kind, []).append((layer, args))
+            macs[kind] = macs.get(kind, 0) + output.numel() * layer.weight[0].numel()
+
+        hooks = [m.register_forward_hook(record) for m in form.modules() if isinstance(m, FoldedConv)]
+        form(x)
+        for hook in hooks:
+            hook.remove()
+        calls = {
+            kind: wait(lambda layers=layers: [layer(*a) for layer, a in layers]) for kind, layers in inputs.items()
+        }
+        dense = dense_products(dtype, args.device)
+        medians = paired_medians({'the model': wait(form, x), **calls, **dense}, args.repeats, warmup=2)
+        peak = DENSE_MACS / min(medians.pop(name) for name in dense)
+        whole = medians['the model']
+        macs['the model'] = sum(macs.values())
+        medians['the rest'] = 2 * whole - sum(medians.values())
+        name = str(dtype).removeprefix('torch.')
+        results[name] = {'peak_macs_per_s': peak, 'seconds': medians, 'macs': macs}
+        for kind, seconds in medians.items():
+            rate = macs.get(kind, 0) / seconds
+            rows.append([
+                f'{name}, {kind}', len(inputs.get(kind, [])) or '', f'{1000 * seconds:.1f}', f'{seconds / whole:.0%}',
+                f'{macs.get(kind, 0) / macs["the model"]:.0%}', f'{rate / 1e9:.0f}', f'{rate / peak:.0%}',
+            ])
+    return ['', 'layers', 'ms', 'of the time', 'of the MACs', 'GMAC/s', 'of dense'], rows, results
 
 
 def anytime(model: HierarchicalEnsemble, args: argparse.Namespace) -> Section:
@@ -170,7 +225,13 @@ def alternatives(model: HierarchicalEnsemble, args: argparse.Namespace) -> Secti
     return ['16 members, batch 32', 'ms', 'times ours compiled'], rows, {'seconds': medians}
 
 
-SECTIONS = {'headline': headline, 'scaling': scaling, 'anytime': anytime, 'alternatives': alternatives}
+SECTIONS = {
+    'headline': headline,
+    'scaling': scaling,
+    'limits': limits,
+    'anytime': anytime,
+    'alternatives': alternatives,
+}
 
 
 def main() -> None:
