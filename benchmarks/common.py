@@ -1,4 +1,5 @@
-"""What the benchmarks share: timing, the description of the machine, and files."""
+"""What the benchmarks share: a trained model with images, timing, the description of the machine, and files."""
+import argparse
 import json
 import os
 import platform
@@ -11,7 +12,35 @@ from typing import Any
 import timm
 import torch
 
+from timm_hne import HierarchicalEnsemble
+from timm_hne.data import DigitsDataset, ImageSubset, MemoryLoader, load_into_memory, open_dataset
+from timm_hne.demo import IMG_SIZE, MEAN, MODEL, STD
 from timm_hne.files import write_text
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose what `load_subject` loads."""
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument('--data-dir', help=f"folder of CIFAR-10 with test/CLASS, for the packaged weights of {MODEL}")
+    subject.add_argument('--checkpoint', help="weights of `timm-hne demo`, for its held-out digits")
+
+
+def load_subject(args: argparse.Namespace) -> tuple[HierarchicalEnsemble, torch.Tensor, torch.Tensor]:
+    """Return a trained model in evaluation mode, and normalised images (n, C, H, W) with their classes (n,).
+
+    Training never saw the images.
+    """
+    if args.checkpoint:
+        model = timm.create_model(MODEL, in_chans=1, checkpoint_path=args.checkpoint)
+        dataset, size, mean, std = DigitsDataset(train=False), IMG_SIZE, MEAN, STD
+    else:
+        model = timm.create_model(MODEL, pretrained=True)
+        cfg = model.pretrained_cfg
+        dataset = open_dataset('', args.data_dir, 'test', model.in_chans)
+        size, mean, std = cfg['input_size'][-1], cfg['mean'], cfg['std']
+    memory = load_into_memory(ImageSubset(dataset, None, 'error', training=False), size, resize=True)
+    images, classes = zip(*MemoryLoader(*memory, batch_size=500, mean=mean, std=std))
+    return model.eval(), torch.cat(images), torch.cat(classes)
 
 
 def paired_times(callables: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:

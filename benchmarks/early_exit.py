@@ -1,60 +1,89 @@
 """Accuracy against average MACs: images that leave once they are sure, beside a fixed number of members for all.
 
-    timm-hne demo --output output/demo
-    python benchmarks/early_exit.py --checkpoint output/demo/model.safetensors --output docs/results/early_exit
+    python benchmarks/early_exit.py --data-dir CIFAR10 --output docs/results/early_exit
 
-Held-out digits are split in two: thresholds are picked on one half, and the other tells what they achieve.
+    timm-hne demo --output output/demo                       # or without a data set, on handwritten digits
+    python benchmarks/early_exit.py --checkpoint output/demo/model.safetensors
+
+Images that training never saw are split in two: thresholds are picked on one half, and the other tells what they
+achieve. Writes a table, and a plot of the trade-off at all thresholds on the second half.
 """
 import argparse
 from pathlib import Path
 
-import timm
 import torch
-from common import markdown_table, write_text
-from load import held_out_digits
+from common import add_subject, load_subject, markdown_table, write_text
 
 from timm_hne import calibrate_threshold, early_exit
 from timm_hne.cost import member_macs
-from timm_hne.demo import IMG_SIZE, MODEL
-from timm_hne.inference import CRITERIA
+from timm_hne.files import write_file
+from timm_hne.inference import CRITERIA, exit_curve
 from timm_hne.tree import prefixes
+
+BATCH_SIZE = 250
+
+
+def plot(fixed: dict[int, tuple[float, float]], curves: dict[str, list], points: dict[str, tuple], path: Path) -> None:
+    """Draw (million MACs, accuracy in %): of fixed n, of all thresholds, and of the calibrated ones."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axes = figure.subplots()
+    axes.plot(*zip(*fixed.values()), 'ks--', label='the same n for all')
+    for index, (criterion, curve) in enumerate(curves.items()):
+        axes.plot(*zip(*curve), color=f'C{index}', label=criterion)
+        if criterion in points:
+            axes.plot(*points[criterion], 'o', color=f'C{index}')
+    axes.set(xlabel='million MACs of an image, mean', ylabel='accuracy (%)', xscale='log')
+    axes.set_xticks([x for x, _ in fixed.values()], [f'{x:.3g}\nn = {n}' for n, (x, _) in fixed.items()])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_file(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--checkpoint', required=True, help="the demo's weights")
+    add_subject(parser)
     parser.add_argument('--max-accuracy-loss', type=float, default=0.005)
     parser.add_argument('--output', type=Path, default=Path('output/early_exit'))
     args = parser.parse_args()
-    model = timm.create_model(MODEL, in_chans=1, checkpoint_path=args.checkpoint).eval()
-    images, classes = held_out_digits()
+    model, images, classes = load_subject(args)
+    member_logits = torch.cat([model.forward_members(batch) for batch in images.split(BATCH_SIZE)])
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held_out, test = order.chunk(2)
-    macs = member_macs(model, IMG_SIZE)
+    macs = member_macs(model, images.shape[-2:])
 
-    rows = []
+    rows, fixed, curves, points = [], {}, {}, {}
     for n in prefixes(model.ensemble_size):
-        correct = model(images[test], num_members=n).argmax(dim=1) == classes[test]
-        rows.append([f'n = {n} for all', '', f'{100 * correct.double().mean():.2f}', f'{macs[n] / 1e6:.2f}', n])
-    member_logits = model.forward_members(images[held_out])
+        correct = member_logits[test, :n].mean(dim=1).argmax(dim=1) == classes[test]
+        fixed[n] = macs[n] / 1e6, 100 * correct.double().mean().item()
+        rows.append([f'n = {n} for all', '', f'{fixed[n][1]:.2f}', f'{fixed[n][0]:.2f}', n])
     for criterion in CRITERIA:
+        curve = exit_curve(member_logits[test], classes[test], macs, criterion)
+        curves[criterion] = [(point.macs / 1e6, 100 * point.accuracy) for point in curve]
         try:
             point = calibrate_threshold(
-                member_logits, classes[held_out], macs, criterion, max_accuracy_loss=args.max_accuracy_loss)
+                member_logits[held_out], classes[held_out], macs, criterion, max_accuracy_loss=args.max_accuracy_loss)
         except ValueError as error:  # even its strictest threshold loses more
             print(f'{criterion}: {error}')
             continue
-        result = early_exit(model, images[test], point.threshold, criterion)
-        correct = result.logits.argmax(dim=1) == classes[test]
-        used = result.num_members.tolist()
+        results = [early_exit(model, images[part], point.threshold, criterion) for part in test.split(BATCH_SIZE)]
+        predicted = torch.cat([result.logits.argmax(dim=1) for result in results])
+        used = torch.cat([result.num_members for result in results]).tolist()
+        accuracy = 100 * (predicted == classes[test]).double().mean().item()
+        mean_macs = sum(macs[n] for n in used) / len(used) / 1e6
+        points[criterion] = mean_macs, accuracy
         rows.append([
-            criterion, f'{point.threshold:.4f}', f'{100 * correct.double().mean():.2f}',
-            f'{sum(macs[n] for n in used) / len(used) / 1e6:.2f}', f'{sum(used) / len(used):.2f}',
-        ])
-    table = markdown_table(['criterion', 'threshold', 'accuracy %', 'million MACs', 'members'], rows)
+            criterion, f'{point.threshold:.4f}', f'{accuracy:.2f}', f'{mean_macs:.2f}', f'{sum(used) / len(used):.2f}'])
+    table = (
+        f'Thresholds that lose at most {100 * args.max_accuracy_loss:g} points on {len(held_out)} images; what they '
+        f'achieve on {len(test)} others.\n\n'
+        + markdown_table(['criterion', 'threshold', 'accuracy %', 'million MACs', 'members'], rows))
     print(table)
     write_text(args.output / 'early_exit.md', table)
+    plot(fixed, curves, points, args.output / 'early_exit.png')
 
 
 if __name__ == '__main__':

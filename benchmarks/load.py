@@ -1,12 +1,13 @@
 """Serving under load: the adaptive runner against fixed n = N and n = 1, through a calm, a surge, and a calm.
 
-    timm-hne demo --output output/demo
-    python benchmarks/load.py --checkpoint output/demo/model.safetensors --output docs/results/load
+    python benchmarks/load.py --data-dir CIFAR10 --output docs/results/load
 
-The requests are the demo's 360 held-out handwritten digits, again and again, at random times: the rates are set from
-the throughput measured on this machine, the surge being more than n = N can serve and less than n = 1 can. Prints the
-median and the 99th percentile of the latency, of the answered requests, in the surge and overall; writes a table, a
-JSON file and a plot.
+    timm-hne demo --output output/demo                       # or without a data set, on handwritten digits
+    python benchmarks/load.py --checkpoint output/demo/model.safetensors
+
+The requests are images that training never saw, at random times: the rates are set from the throughput measured on this
+machine, the surge being more than n = N can serve and less than n = 1 can. Prints the median and the 99th percentile of
+the latency, of the answered requests, in the surge and overall; writes a table, a JSON file and a plot.
 """
 import argparse
 import random
@@ -15,22 +16,11 @@ import threading
 import time
 from pathlib import Path
 
-import timm
 import torch
-from common import describe_machine, machine, markdown_table, write_json, write_text
+from common import add_subject, describe_machine, load_subject, machine, markdown_table, write_json, write_text
 
-from timm_hne import AdaptiveRunner, HierarchicalEnsemble, optimize_for_inference
-from timm_hne.data import DigitsDataset, ImageSubset, MemoryLoader, load_into_memory
-from timm_hne.demo import IMG_SIZE, MEAN, MODEL, STD
+from timm_hne import AdaptiveRunner, optimize_for_inference
 from timm_hne.runner import Overloaded
-
-
-def held_out_digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images `(360, 1, H, W)` and classes `(360,)`."""
-    digits = ImageSubset(DigitsDataset(train=False), None, 'error', training=False)
-    loader = MemoryLoader(*load_into_memory(digits, IMG_SIZE, resize=True), batch_size=120, mean=MEAN, std=STD)
-    images, classes = zip(*loader)
-    return torch.cat(images), torch.cat(classes)
 
 
 def arrival_times(rates: list[float], seconds: list[float]) -> list[float]:
@@ -138,7 +128,7 @@ def throughput(model: torch.nn.Module, images: torch.Tensor, num_members: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--checkpoint', required=True, help="the demo's weights")
+    add_subject(parser)
     parser.add_argument('--target-ms', type=float, default=250.)
     parser.add_argument('--seconds', type=float, nargs=3, default=[6., 8., 6.], help='of the calm, the surge, the calm')
     parser.add_argument('--calm', type=float, default=0.3, help='rate in the calm over the throughput of n = N')
@@ -147,8 +137,9 @@ def main() -> None:
     parser.add_argument('--output', type=Path, default=Path('output/load'))
     args = parser.parse_args()
 
-    images, classes = held_out_digits()
-    model: HierarchicalEnsemble = timm.create_model(MODEL, in_chans=1, checkpoint_path=args.checkpoint).eval()
+    model, images, classes = load_subject(args)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # an image folder is sorted
+    images, classes = images[order], classes[order]
     fast = optimize_for_inference(model, compile=not args.no_compile)
     size = model.ensemble_size
     full, one = throughput(fast, images, size), throughput(fast, images, 1)
