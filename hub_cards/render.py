@@ -35,7 +35,9 @@ def render(folder: Path, check: bool = False) -> None:
     recipe = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding='utf-8'))
     with tempfile.TemporaryDirectory() as temporary:
         new = Path(temporary, folder.name)
-        write_folder(timm.create_model(folder.name, pretrained=True), new, folder.name, results, recipe)
+        model = timm.create_model(folder.name, pretrained=True)
+        labels = model.pretrained_cfg.get('label_names')
+        write_folder(model, new, folder.name, results, recipe, label_names=labels)
         if not check:
             for name in (CARD_NAME, PLOT_NAME):
                 shutil.move(new / name, folder / name)

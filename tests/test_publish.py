@@ -116,6 +116,26 @@ def test_dry_run(alice, model):
     assert torch.equal(loaded.classifier.bias, model.classifier.bias.half().float())
 
 
+def test_names_of_classes_go_with_the_weights(alice, model):
+    """Those of the packaged weights of an architecture are not those of a model that was trained anew."""
+    send(model, dry_run=True)
+    assert 'label_names' not in timm.create_model('local-dir:net', pretrained=True).pretrained_cfg
+    cfg = {**model.pretrained_cfg, 'label_names': ['another'] * 10}
+    other = trained_model(nodes=NODES, pretrained_cfg=cfg)
+    assert other.pretrained_cfg['label_names'] == cfg['label_names']
+    send(other, dry_run=True)
+    assert 'another' not in Path('net/config.json').read_text()
+
+    send(model, dry_run=True, label_names=list('abcdefghij'))
+    loaded = timm.create_model('local-dir:net', pretrained=True)
+    send(loaded, dry_run=True)
+    again = timm.create_model('local-dir:net', pretrained=True)
+    assert again.pretrained_cfg['label_names'] == list('abcdefghij')
+    again.reset_classifier(7)
+    send(again, dry_run=True)
+    assert 'label_names' not in timm.create_model('local-dir:net', pretrained=True).pretrained_cfg
+
+
 def test_the_default_member_count_is_not_published(alice):
     """It would be out of range for a prefix of the tree."""
     send(trained_model(nodes=NODES, num_members=8), dry_run=True)

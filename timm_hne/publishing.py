@@ -61,7 +61,7 @@ def publish(
         recipe: How the model was trained.
         folder: Folder to write; the repository's name, in the current directory, if None.
         dtype: 'float16' or 'float32', the data type of the stored weights.
-        label_names: Names of the classes.
+        label_names: Names of the classes; if None, those of the repository or folder that the model comes from.
         data_config: How images were prepared, as timm's `resolve_data_config` takes it; as in the model's cfg if None.
         private: Make a new repository private.
         revision: Branch to commit to. It is made if it does not exist.
@@ -141,7 +141,7 @@ def write_folder(
         results: What `timm-hne eval` measured.
         recipe: How the model was trained.
         dtype: 'float16' or 'float32', the data type of the stored weights.
-        label_names: Names of the classes.
+        label_names: Names of the classes; if None, those of the repository or folder that the model comes from.
         data_config: How images were prepared, as timm's `resolve_data_config` takes it; as in the model's cfg if None.
 
     Returns:
@@ -155,6 +155,9 @@ def write_folder(
         raise TypeError(f'model must be an hne_* model made by timm.create_model, got {type(model).__name__}.')
     if dtype not in DTYPES:
         raise ValueError(f'dtype must be one of {sorted(DTYPES)}, got {dtype!r}.')
+    cfg = model.pretrained_cfg
+    if label_names is None and cfg.get('source') and cfg.get('num_classes') == model.num_classes:
+        label_names = cfg.get('label_names')
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f'label_names must have {model.num_classes} entries, got {len(label_names)}.')
     if not recipe or not isinstance(recipe, Mapping):
@@ -187,7 +190,8 @@ def write_folder(
         config = json.loads((new / CONFIG_NAME).read_text())
         config['model_args'].pop('num_members', None)  # chosen by who loads, and out of range for a prefix
         config['model_args'] = dict(sorted(config['model_args'].items()))
-        config['pretrained_cfg'].pop('tag', None)  # of the weights that the training may have started from
+        for key in ('tag', 'label_names'):  # of the packaged weights of this architecture
+            config['pretrained_cfg'].pop(key, None)
         _write_json(new / CONFIG_NAME, config)
         (new / WEIGHTS_NAME).chmod((new / CONFIG_NAME).stat().st_mode)  # safetensors lets only the owner read
         _write_json(new / RESULTS_NAME, results)
