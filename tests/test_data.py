@@ -1,6 +1,9 @@
 """Data sets in memory, their augmentation, and the choice of images."""
 import importlib.util
+import io
+import json
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -16,10 +19,12 @@ from timm_hne.data import (
     MemoryLoader,
     UnreadableImageError,
     create_datasets,
+    create_image_loader,
     load_into_memory,
     open_dataset,
     seed_epoch,
 )
+from timm_hne.recipe import TrainConfig
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -318,3 +323,49 @@ def test_classes_in_nested_folders(folder):
 def test_training_on_a_folder_without_splits(folder):
     with pytest.raises(FileNotFoundError, match=r"no folder for the split 'train', only .*'a', 'b'"):
         create_datasets('', str(folder / 'train'), 'train', 'val')
+
+
+COUNTS = {'train': 96, 'validation': 33}
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    """The same images as WebDataset shards, and as a folder that Hugging Face's datasets read."""
+    folder = tmp_path_factory.mktemp('published')
+    generator = np.random.default_rng(0)
+    info = {}
+    for split, count in COUNTS.items():
+        filenames = [f'{split}-{shard}.tar' for shard in range(2)]
+        for shard, filename in enumerate(filenames):
+            with tarfile.open(folder / filename, 'w') as tar:
+                for index in range(shard, count, 2):
+                    image = Image.fromarray(generator.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+                    path = folder / 'images' / split / f'class{index % 3}' / f'{index}.png'
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    image.save(path)
+                    for suffix, data in (('png', path.read_bytes()), ('cls', str(index % 3).encode())):
+                        member = tarfile.TarInfo(f'{index:04}.{suffix}')
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+        info[split] = {
+            'name': split, 'num_samples': count, 'filenames': filenames,
+            'shard_lengths': [(count + 1) // 2, count // 2],
+        }
+    (folder / '_info.json').write_text(json.dumps({'splits': info}))
+    return folder
+
+
+@pytest.mark.parametrize('num_workers', [0, 3])
+@pytest.mark.parametrize('kind', ['wds', 'hfds'])
+def test_shards_and_hub_datasets(published, tmp_path, kind, num_workers):
+    pytest.importorskip({'wds': 'webdataset', 'hfds': 'datasets'}[kind])
+    name, root = ('wds/shards', published) if kind == 'wds' else (f'hfds/{published / "images"}', tmp_path)
+    train, val, _ = create_datasets(name, str(root), 'train', 'validation', batch_size=8)
+    config = TrainConfig(
+        dataset=name, num_workers=num_workers, batch_size=8, img_size=8, crop_pct=1., mean=MEAN, std=STD)
+    device = torch.device('cpu')
+    batches = list(create_image_loader(train, config, True, False, device))
+    assert {tuple(images.shape) for images, _ in batches} == {(8, 3, 8, 8)}
+    assert {label for _, labels in batches for label in labels.tolist()} == {0, 1, 2}
+    labels = torch.cat([labels for _, labels in create_image_loader(val, config, False, False, device)])
+    assert sorted(labels.tolist()) == [0] * 11 + [1] * 11 + [2] * 11
