@@ -145,8 +145,8 @@ def open_folder(folder, **kwargs):
 
 
 def test_folder_in_memory(folder):
-    train, val, num_classes = open_folder(folder)
-    assert (len(train), len(val), num_classes) == (12, 4, 2)
+    train, val, names = open_folder(folder)
+    assert (len(train), len(val), names) == (12, 4, ['a', 'b'])
     images, labels = load_into_memory(train, 4)
     assert images.shape == (12, 3, 4, 4) and images.dtype == torch.uint8
     assert images[:, 0, 0, 0].tolist() == [100 * label + index for label in range(2) for index in range(6)]
@@ -251,16 +251,16 @@ def test_torchvision_data_set(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CIFAR10, '_check_integrity', lambda self: True)
         patch.setattr('torchvision.datasets.cifar.check_integrity', lambda path, md5: True)
-        train, val, num_classes = create_datasets('torch/cifar10', str(tmp_path), 'train', 'test')
-    assert (len(train), len(val), num_classes) == (10, 2, 10)
+        train, val, names = create_datasets('torch/cifar10', str(tmp_path), 'train', 'test')
+    assert (len(train), len(val), names) == (10, 2, list('0123456789'))
     images, labels = load_into_memory(val, 32)
     assert torch.equal(images.flatten(1), torch.from_numpy(pixels)) and labels.tolist() == [3, 9]
 
 
 @needs_sklearn
 def test_digits():
-    train, val, num_classes = create_datasets(DIGITS, None, 'train', 'validation', in_chans=1)
-    assert (len(train), len(val), num_classes) == (1437, 360, 10)
+    train, val, names = create_datasets(DIGITS, None, 'train', 'validation', in_chans=1)
+    assert (len(train), len(val), names) == (1437, 360, list('0123456789'))
     images, labels = load_into_memory(val, 8)
     assert images.shape == (360, 1, 8, 8) and images.max() == 255
     assert labels.bincount().min() >= 34
@@ -360,7 +360,8 @@ def published(tmp_path_factory):
 def test_shards_and_hub_datasets(published, tmp_path, kind, num_workers):
     pytest.importorskip({'wds': 'webdataset', 'hfds': 'datasets'}[kind])
     name, root = ('wds/shards', published) if kind == 'wds' else (f'hfds/{published / "images"}', tmp_path)
-    train, val, _ = create_datasets(name, str(root), 'train', 'validation', batch_size=8)
+    train, val, names = create_datasets(name, str(root), 'train', 'validation', batch_size=8)
+    assert names == (None if kind == 'wds' else ['class0', 'class1', 'class2'])
     config = TrainConfig(
         dataset=name, num_workers=num_workers, batch_size=8, img_size=8, crop_pct=1., mean=MEAN, std=STD)
     device = torch.device('cpu')

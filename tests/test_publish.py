@@ -371,6 +371,17 @@ def test_command(alice, model, run_folder, capsys):
     assert recipe['seed'] == 1 and 'data_dir' not in recipe
     config = json.loads(alice.files('alice/net')['config.json'])
     assert config['pretrained_cfg']['mean'] == [0.3] * 3
+    assert 'label_names' not in config
+
+
+def test_command_knows_the_classes_of_the_training_data(alice, model, run_folder):
+    save_checkpoint(run_folder / 'last.pth.tar', model, label_names=list('abcdefghij'))
+    path = run_folder / 'last.pth.tar'
+    command(path, '--repo-id', 'alice/net', '--dry-run')
+    assert timm.create_model('local-dir:net', pretrained=True).pretrained_cfg['label_names'] == list('abcdefghij')
+    assert 'label_names' not in yaml.safe_load(Path('net/recipe.yaml').read_text())
+    command(path, '--repo-id', 'alice/net', '--dry-run', '--label-names', *'0123456789')
+    assert timm.create_model('local-dir:net', pretrained=True).pretrained_cfg['label_names'] == list('0123456789')
 
 
 def test_command_from_other_files(alice, quick, run_folder, capsys):

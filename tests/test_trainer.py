@@ -22,7 +22,7 @@ from timm.models import load_state_dict
 from timm.utils import load_checkpoint_metadata
 
 from timm_hne import trainer
-from timm_hne.checkpoints import _FREE_KEYS, load_weights
+from timm_hne.checkpoints import _FREE_KEYS, load_checkpoint, load_weights
 from timm_hne.demo import demo_config
 from timm_hne.ensemble import HierarchicalEnsemble
 from timm_hne.recipe import TrainConfig
@@ -162,6 +162,12 @@ def test_killed_at_any_moment(options, tmp_path):
     result = train(TrainConfig(**options, resume=True))
     assert 0 < len(result.history) < 8
     assert rows(options['output_dir']) == expected
+
+
+def test_checkpoints_know_the_names_of_the_classes(options):
+    train(TrainConfig(**{**options, 'epochs': 1}))
+    _, config = load_checkpoint(Path(options['output_dir'], 'last.pth.tar'))
+    assert config['label_names'] == ['class0', 'class1', 'class2']
 
 
 @pytest.mark.parametrize('damage', ['cut', 'empty', 'middle'])

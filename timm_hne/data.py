@@ -20,10 +20,10 @@ __all__ = [
     'ImageSubset',
     'MemoryLoader',
     'UnreadableImageError',
+    'class_names_of',
     'create_datasets',
     'create_image_loader',
     'load_into_memory',
-    'num_classes_of',
     'open_dataset',
     'seed_epoch',
 ]
@@ -232,7 +232,7 @@ def create_datasets(
         in_chans: int = 3,
         batch_size: int = 1,
         seed: int = 0,
-) -> tuple[Dataset, Dataset, int | None]:
+) -> tuple[Dataset, Dataset, list[str] | None]:
     """Open the training and the validation images.
 
     Args:
@@ -249,7 +249,7 @@ def create_datasets(
         seed: Seed of the choice of images.
 
     Returns:
-        Training images, validation images, and the number of classes if the data set knows it.
+        Training images, validation images, and the names of the classes if the data set knows them.
 
     Raises:
         FileNotFoundError: The folder, or the folder of a split, does not exist.
@@ -293,15 +293,15 @@ def create_datasets(
         val = open_split(val_split, source.reader.class_to_idx if is_folder(source) else None)
         val = val if streamed else ImageSubset(val, None, unreadable, training=False)
     train = source if streamed else ImageSubset(source, indices, unreadable, training=True)
-    return train, val, num_classes_of(source)
+    return train, val, class_names_of(source)
 
 
-def num_classes_of(dataset: Dataset) -> int | None:
-    """Return the number of classes of a data set; None if it does not tell, as streams do not."""
-    for holder, attribute in ((dataset, 'classes'), (getattr(dataset, 'reader', None), 'class_to_idx')):
-        if getattr(holder, attribute, None):
-            return len(getattr(holder, attribute))
-    return None
+def class_names_of(dataset: Dataset) -> list[str] | None:
+    """Return the names of the classes of a data set, in their order; None if it does not tell, as streams do not."""
+    if getattr(dataset, 'classes', None):
+        return [str(name) for name in dataset.classes]
+    indices = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    return sorted(indices, key=indices.get) if indices else None
 
 
 def load_into_memory(

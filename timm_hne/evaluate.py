@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .checkpoints import create_ensemble, load_checkpoint
 from .cost import member_macs
-from .data import ImageSubset, num_classes_of, open_dataset
+from .data import ImageSubset, class_names_of, open_dataset
 from .ensemble import HierarchicalEnsemble
 from .files import write_text
 from .metrics import EnsembleMetrics
@@ -90,12 +90,11 @@ def evaluate(
 
 def _open_images(name: str, root: str | None, split: str, model: HierarchicalEnsemble) -> Dataset:
     dataset = open_dataset(name, root, split, model.in_chans)
-    num_classes = num_classes_of(dataset)
-    if num_classes not in (None, model.num_classes):
-        names = getattr(dataset, 'classes', None) or dataset.reader.class_to_idx
+    names = class_names_of(dataset)
+    if names and len(names) != model.num_classes:
         raise ValueError(
-            f'the model has {model.num_classes} classes, the split {split!r} of {name or root} has {num_classes}: '
-            f'{", ".join(list(names)[:10])}.')
+            f'the model has {model.num_classes} classes, the split {split!r} of {name or root} has {len(names)}: '
+            f'{", ".join(names[:10])}.')
     return dataset if isinstance(dataset, IterableDataset) else ImageSubset(dataset, None, 'error', training=False)
 
 

@@ -327,7 +327,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--recipe', metavar='FILE',
         help=f'YAML file (default: {RECIPE_NAME} beside the checkpoint, else what the checkpoint says)')
-    parser.add_argument('--label-names', nargs='+', metavar='NAME', help='names of the classes, in order')
+    parser.add_argument(
+        '--label-names', nargs='+', metavar='NAME',
+        help='names of the classes, in order (default: those of the training data)')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -338,7 +340,9 @@ def run(args: argparse.Namespace) -> None:
     recipe = _read(args.recipe, folder / RECIPE_NAME)
     if recipe is None and args.recipe is None:
         # paths of this machine are of no use to anybody else
-        recipe = {key: value for key, value in config.items() if not os.path.isabs(str(value))}
+        recipe = {
+            key: value for key, value in config.items() if key != 'label_names' and not os.path.isabs(str(value))
+        }
     where = publish(
         model,
         args.repo_id,
@@ -346,7 +350,7 @@ def run(args: argparse.Namespace) -> None:
         recipe,
         folder=args.folder,
         dtype=args.dtype,
-        label_names=args.label_names,
+        label_names=args.label_names or config.get('label_names'),
         data_config={key: config[key] for key in DATA_KEYS if config.get(key) is not None},
         private=args.private,
         revision=args.revision,

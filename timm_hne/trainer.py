@@ -105,7 +105,7 @@ class _Run:
         self.output_dir = Path(config.output_dir)
         checkpoint = find_checkpoint(self.output_dir, config.resume)
         random_seed(config.seed)
-        train_set, val_set, num_classes = create_datasets(
+        train_set, val_set, label_names = create_datasets(
             config.dataset,
             config.data_dir,
             config.train_split,
@@ -118,6 +118,7 @@ class _Run:
             batch_size=config.batch_size,
             seed=config.seed,
         )
+        num_classes = len(label_names) if label_names else None
         if num_classes is None and config.num_classes is None:
             raise ValueError(f'num_classes must be given for the data set {config.dataset!r}, which does not tell.')
         if None not in (num_classes, config.num_classes) and num_classes != config.num_classes:
@@ -189,7 +190,7 @@ class _Run:
             self.saver = CheckpointSaver(
                 model,
                 self.optimizer,
-                args=argparse.Namespace(**asdict(config)),
+                args=argparse.Namespace(**asdict(config), label_names=label_names),
                 amp_scaler=self.scaler,
                 checkpoint_dir=str(self.output_dir),
                 recovery_dir=str(self.output_dir),
