@@ -47,7 +47,7 @@ def test_measured_times_are_those_of_the_clock(monkeypatch):
     table = LatencyTable.measure(model, (3, 8, 8), batch_sizes=(1, 3), num_members=(1, 2, 4), repeats=5)
     # One call in the middle is an outlier: the median forgets it.
     assert table.latency_ms == {b: {n: pytest.approx(b * n) for n in (1, 2, 4)} for b in (1, 3)}
-    assert calls == [(b, n) for b in (1, 3) for _ in range(7) for n in (1, 2, 4)]
+    assert calls == [(b, n) for b in (3, 1) for _ in range(7) for n in (1, 2, 4)]
     macs = member_macs(small_resnet(), 8)
     assert table.macs == {n: macs[n] for n in (1, 2, 4)}
     assert (table.model, table.mode) == ('hne_resnet50_c8', 'original')
@@ -111,6 +111,19 @@ def test_other_hardware_is_refused_unless_told(table, tmp_path, key):
     with pytest.raises(ValueError, match=rf"other_hardware=True; .*'{key}': 'another'"):
         LatencyTable.load(path)
     assert LatencyTable.load(path, other_hardware=True).latency_ms == table.latency_ms
+    del values['environment'][key]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"other_hardware=True; .*'{key}': None"):
+        LatencyTable.load(path)
+
+
+def test_arm_processors_are_told_apart(monkeypatch, tmp_path):
+    def cpu(part):
+        (tmp_path / 'cpuinfo').write_text(f'processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: {part}\n')
+        monkeypatch.setattr(budget, 'Path', lambda path: tmp_path / 'cpuinfo')
+        return budget.environment(torch.device('cpu'))['hardware']
+
+    assert '0xd0c' in cpu('0xd0c') and '0xd40' in cpu('0xd40')
 
 
 def test_a_table_of_another_model_is_noticed(tmp_path):
@@ -124,6 +137,8 @@ def test_a_table_of_another_model_is_noticed(tmp_path):
             (optimize_for_inference(model), "the model has {'mode': 'compiled'}"),
             (optimize_for_inference(small_resnet((1, 1, 1, 2, 4)), compile=False), r"{'nodes': \(1, 1, 1, 2, 4\)}"),
             (optimize_for_inference(model, compile=False, dtype=torch.bfloat16), "{'dtype': 'bfloat16'}"),
+            (optimize_for_inference(small_resnet(in_chans=1), compile=False), r"{'input_size': \(1, 8, 8\)}"),
+            (optimize_for_inference(small_resnet(num_classes=7), compile=False), r"the model has {'macs': {1: \d+, 2"),
     ):
         with pytest.raises(ValueError, match=words):
             LatencyTable.load(path, model=other)

@@ -49,6 +49,19 @@ def test_weights_of_unused_nodes_are_left_out(tmp_path):
         assert 0 <= weights - (member_params(model)[n] - channels) < 50
 
 
+def test_what_the_program_is_made_from_is_compared_too(tmp_path, monkeypatch):
+    fold = optimize.FoldedConv.__init__
+
+    def fold_wrongly(conv, layer):
+        fold(conv, layer)
+        conv.bias.data += 0.1
+
+    monkeypatch.setattr(optimize.FoldedConv, '__init__', fold_wrongly)
+    with pytest.raises(RuntimeError, match='2 members differs from the model by'):
+        export(small_resnet(NODES), tmp_path / 'program.pt2', 2, 'torch.export', (3, 8, 8))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_program_that_differs_is_not_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, '_export_logits', lambda path, x: run_export(path, x) * 1.001)
     with pytest.raises(RuntimeError, match='2 members differs from the model by'):

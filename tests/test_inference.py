@@ -65,6 +65,29 @@ def test_anytime_equals_direct_evaluation(nodes):
         torch.testing.assert_close(logits, expected[n], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('nodes', [(1, 2, 4, 8, 16), (4, 4, 4, 4, 4), (2, 2, 4, 4, 12)])
+def test_the_images_may_change_between_steps(nodes):
+    """A server may use the same memory for the next batch."""
+    model, x = small_resnet(nodes), images()
+    expected = direct(model, x)
+    steps = model.anytime(x)
+    for n, logits in zip(prefixes(model.ensemble_size), steps, strict=True):
+        torch.testing.assert_close(logits, expected[n], rtol=1e-4, atol=1e-4)
+        x.zero_()
+
+
+@pytest.mark.parametrize('channels', [1, 2, 6])
+@pytest.mark.parametrize('nodes', [(1, 1, 2, 2, 4), (2, 2, 2, 2, 4)])
+def test_images_with_other_channels_are_refused(nodes, channels):
+    model, x = small_resnet(nodes), torch.zeros(2, channels, 8, 8)
+    for call in (
+            lambda: model(x), lambda: model(x, num_members=1), lambda: model.forward_intermediates(x, num_members=1),
+            lambda: model.anytime(x), lambda: early_exit(model, x, 0.5),
+    ):
+        with pytest.raises(ValueError, match=rf'images \(B, 3, H, W\) .*got shape \[2, {channels}, 8, 8\]'):
+            call()
+
+
 def test_anytime_of_mobilenet_with_hidden_layers():
     model, x = small_mobilenet(), images(2, 64)
     expected = direct(model, x)
@@ -431,7 +454,7 @@ def held_out():
 
 class Playback(torch.nn.Module):
     """Looks like a model to `early_exit` and plays back logits; image i is the constant i."""
-    nodes, num_classes, ensemble_size = (4,), 5, 4
+    nodes, in_chans, num_classes, ensemble_size = (4,), 3, 5, 4
 
     def __init__(self, member_logits):
         super().__init__()

@@ -5,6 +5,9 @@ import platform
 import subprocess
 import sys
 import textwrap
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -262,6 +265,68 @@ def test_without_a_compiler_it_runs_eagerly(monkeypatch):
     assert_like(fast(x, num_members=2), model(x, num_members=2))
 
 
+def test_a_later_failure_of_the_compiler_is_survived_too(monkeypatch):
+    """As of an image size that needs another program."""
+    model, size = small_resnet(), 8
+
+    def compile(function, frontier):
+        def program(x):
+            if x.shape[-1] != size:
+                raise NotImplementedError('cannot compile this')
+            return function(x)
+        return program
+
+    monkeypatch.setattr(optimize, '_compile', compile)
+    fast = optimize_for_inference(model)
+    assert_like(fast(images()), model(images()))
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            assert_like(fast(images(size=16)), model(images(size=16)))
+    assert not caught and not fast.compile_programs
+
+
+def test_first_calls_from_many_threads_measure_and_build_once(monkeypatch):
+    model = small_resnet()
+    layouts, builds = [], []
+    choose, build = optimize.OptimizedEnsemble._choose_layout, optimize.OptimizedEnsemble._build
+
+    def slowly(function, calls):
+        def call(*args):
+            calls.append(1)
+            time.sleep(0.05)
+            return function(*args)
+        return call
+
+    monkeypatch.setattr(optimize.OptimizedEnsemble, '_choose_layout', slowly(choose, layouts))
+    monkeypatch.setattr(optimize.OptimizedEnsemble, '_build', slowly(build, builds))
+    fast = optimize_for_inference(model, compile=False)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(fast, [images()] * 4))
+    assert len(layouts) == len(builds) == 1
+    for result in results:
+        assert_like(result, model(images()))
+
+
+def test_features_in_another_type():
+    model, x = small_resnet(), images()
+    fast = optimize_for_inference(model, compile=False, dtype=torch.bfloat16)
+    assert_like(fast.forward_features(x, 2).float(), model.forward_features(x, 2), 5e-2)
+    maps, expected = fast.forward_intermediates(x, 2, intermediates_only=True), model.forward_intermediates(x, 2)[1]
+    for features, other in zip(maps, expected, strict=True):
+        assert_like(features.float(), other, 5e-2)
+
+
+def test_made_in_inference_mode():
+    model, x = small_resnet(), images()
+    with torch.inference_mode():
+        fast = optimize_for_inference(model, compile=False)
+    assert_like(fast(x), model(x))
+    with torch.inference_mode():
+        fast = optimize_for_inference(model, x, compile=False)
+    assert_like(fast(x), model(x))
+
+
 def test_really_compiled():
     model, x = tiny_ensemble(), images()
     fast = optimize_for_inference(model, x)
@@ -289,7 +354,7 @@ def test_refused_calls():
             fast(images(), num_members=num_members)
     with pytest.raises(ValueError, match='x must be images'):
         fast(torch.zeros(3, 8, 8))
-    with pytest.raises(ValueError, match='x must have 3 channels'):
+    with pytest.raises(ValueError, match=r'x must be images \(B, 3, H, W\)'):
         fast(torch.zeros(1, 1, 8, 8))
     with pytest.raises(ValueError, match='cannot be trained'):
         fast.train()

@@ -22,25 +22,33 @@ SECONDS = {n: {size: 0.001 * (2 + 0.5 * size * n) for size in (1, 2, 4, 8)} for 
 
 # Policy.
 
-@pytest.mark.parametrize('batch_size, waiting, oldest_age, arrival_rate, expected', [
-    (1, 0, 0., 0., 4),  # 4 ms
-    (1, 0, 0.0765, 0., 2),  # 80 ms may be planned with: 4 ms are too many, 3 ms are not
-    (1, 0, 0.0775, 0., 1),  # neither fits
-    (1, 0, 9., 0., 1),
-    (8, 0, 0., 0., 4),  # 18 ms
-    (8, 24, 0., 0., 4),  # four times 18 ms
-    (8, 32, 0., 0., 2),  # five times 18 ms are too many, five times 10 ms are not
-    (8, 64, 0., 0., 1),
-    (8, 0, 0., 1600., 2),  # 29 arrive in 18 ms, which take four batches more; 16 in 10 ms take two
-    (3, 0, 0., 0., 4),
+@pytest.mark.parametrize('batch_size, waiting, oldest_age, waiting_age, arrival_rate, expected', [
+    (1, 0, 0., 0., 0., 4),  # 4 ms
+    (1, 0, 0.0765, 0., 0., 2),  # 80 ms may be planned with: 4 ms are too many, 3 ms are not
+    (1, 0, 0.0775, 0., 0., 1),  # neither fits
+    (1, 0, 9., 0., 0., 1),
+    (8, 0, 0., 0., 0., 4),  # 18 ms
+    (8, 24, 0., 0., 0., 4),  # four times 18 ms
+    (8, 24, 0.04, 0.04, 0., 4),  # 76 ms, with the batch that follows
+    (8, 24, 0.05, 0.05, 0., 2),  # 86 ms are too many
+    (8, 1, 0.05, 0.05, 0., 4),  # 72 ms, one follows alone
+    (8, 32, 0., 0., 0., 2),  # five times 18 ms are too many, five times 10 ms are not
+    (8, 64, 0., 0., 0., 1),
+    (8, 0, 0., 0., 1600., 2),  # 29 arrive in 18 ms, which take four batches more; 16 in 10 ms take two
+    (3, 0, 0., 0., 0., 4),
 ])
-def test_policy_by_hand(batch_size, waiting, oldest_age, arrival_rate, expected):
-    assert MemberPolicy(0.1, SECONDS).choose(batch_size, waiting, oldest_age, arrival_rate) == expected
-
-
-def test_policy_counts_a_batch_as_the_next_larger_measured_one():
+def test_policy_by_hand(batch_size, waiting, oldest_age, waiting_age, arrival_rate, expected):
     policy = MemberPolicy(0.1, SECONDS)
-    assert [policy.expected(2, size) for size in (1, 2, 3, 5, 8)] == [SECONDS[2][size] for size in (1, 2, 4, 8, 8)]
+    assert policy.choose(batch_size, waiting, oldest_age, waiting_age, arrival_rate) == expected
+
+
+def test_policy_interpolates_between_measured_batches():
+    policy = MemberPolicy(0.1, {1: {1: 1., 2: 3., 8: 6., 32: 7.}})
+    assert [policy.expected(1, size) for size in (1, 2, 4, 5, 8, 20, 32)] == [1, 3, 4, 4.5, 6, 6.5, 7]
+    policy = MemberPolicy(0.1, SECONDS)
+    for _ in range(50):
+        policy.record(4, 5, 0.001 * (2 + 0.5 * 5 * 4))
+    assert policy.slowdown == pytest.approx(1)  # nothing has changed
 
 
 def test_policy_learns_that_the_machine_became_slower_and_faster_again():
@@ -48,11 +56,11 @@ def test_policy_learns_that_the_machine_became_slower_and_faster_again():
     for _ in range(30):
         policy.record(4, 8, 3 * SECONDS[4][8])
     assert policy.slowdown == pytest.approx(3, rel=0.01)
-    assert policy.choose(8, 8, 0., 0.) == 2
+    assert policy.choose(8, 8, 0., 0., 0.) == 2
     for _ in range(30):
         policy.record(1, 1, SECONDS[1][1])
     assert policy.slowdown == pytest.approx(1, rel=0.01)
-    assert policy.choose(8, 8, 0., 0.) == 4
+    assert policy.choose(8, 8, 0., 0., 0.) == 4
 
 
 def simulate(policy, arrivals, seconds, max_batch_size=8):
@@ -63,7 +71,9 @@ def simulate(policy, arrivals, seconds, max_batch_size=8):
         queued = sum(arrival <= now for arrival in arrivals[served:])
         batch = min(queued, max_batch_size)
         recent = sum(now - policy.latency_target <= arrival <= now for arrival in arrivals)
-        n = policy.choose(batch, queued - batch, now - arrivals[served], recent / policy.latency_target)
+        following = now - arrivals[served + batch] if queued > batch else 0.
+        n = policy.choose(
+            batch, queued - batch, now - arrivals[served], following, recent / policy.latency_target)
         now += seconds[n][next(size for size in sorted(seconds[n]) if size >= batch)]
         latencies += [now - arrival for arrival in arrivals[served:served + batch]]
         members += [n] * batch
@@ -170,6 +180,25 @@ def test_a_full_queue_rejects(gate, runner):
     runner.shutdown()
     assert (runner.stats.answered, runner.stats.rejected) == (8, 3)
     assert_consistent(runner.stats)
+
+
+def test_a_cancelled_request_leaves_its_place_to_others(gate, runner):
+    futures = [block(gate, runner), *(runner.submit(image(i)) for i in range(6))]
+    assert futures[2].cancel() and futures[5].cancel()
+    futures += [runner.submit(image(6)), runner.submit(image(7))]
+    with pytest.raises(Overloaded):
+        runner.submit(image(8))
+    gate.open.set()
+    assert not wait(futures, TIMEOUT).not_done
+    runner.shutdown()
+    assert (runner.stats.answered, runner.stats.cancelled, runner.stats.rejected) == (7, 2, 1)
+    assert_consistent(runner.stats)
+
+
+def test_a_clock_that_stands_still(gate, monkeypatch):
+    monkeypatch.setattr(runner_module, '_clock', lambda: 1.)
+    with AdaptiveRunner(gate, 1.) as runner:
+        assert [runner.submit(image(i)).result(TIMEOUT).logits[0] for i in range(3)] == [0, 1, 2]
 
 
 def test_a_model_that_raises_fails_its_batch_only(gate, runner):

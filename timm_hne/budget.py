@@ -15,7 +15,7 @@ import torch
 from timm.models import safe_model_name
 
 from .checkpoints import create_ensemble
-from .cost import member_macs
+from .cost import member_macs, resolve_input_size
 from .ensemble import HierarchicalEnsemble
 from .files import write_text
 from .inference import check_ready, validate_schedule
@@ -31,8 +31,11 @@ def environment(device: torch.device) -> dict[str, str]:
         hardware = platform.processor() or platform.machine()
         cpuinfo = Path('/proc/cpuinfo')
         if cpuinfo.exists():
-            names = [line.split(':', 1)[1].strip() for line in cpuinfo.read_text().splitlines() if 'model name' in line]
-            hardware = names[0] if names else hardware
+            # Arm processors have no name there, but numbers.
+            lines = (line.split(':', 1) for line in cpuinfo.read_text().splitlines() if ':' in line)
+            facts = {key.strip(): value.strip() for key, value in lines}
+            names = [facts[key] for key in ('model name', 'CPU implementer', 'CPU part') if key in facts]
+            hardware = ' '.join([hardware, *names]) if 'model name' not in facts else names[0]
         hardware += f', {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
     return {'device': device.type, 'hardware': hardware, 'torch': torch.__version__, 'timm_hne': __version__}
 
@@ -48,6 +51,10 @@ def _describe(model: HierarchicalEnsemble | OptimizedEnsemble) -> dict[str, Any]
         'nodes': tuple(model.nodes),
         'dtype': str(next(model.parameters()).dtype).removeprefix('torch.'),
     }
+
+
+def _plain(model: HierarchicalEnsemble | OptimizedEnsemble) -> HierarchicalEnsemble:
+    return model.uncompiled() if isinstance(model, OptimizedEnsemble) else model
 
 
 def _positive(number: float, kind: type) -> float:
@@ -101,27 +108,27 @@ class LatencyTable:
             repeats: Number of timed rounds.
 
         Raises:
-            TypeError: `num_members` is not a sequence of integers.
+            TypeError: `num_members`, `batch_sizes` or `input_size` is not a sequence of integers.
             ValueError: An argument is out of range, or the model is in training mode or has no classifier.
         """
         check_ready(model)
         num_members = validate_schedule(num_members, model.ensemble_size)
+        if not isinstance(batch_sizes, Sequence):
+            raise TypeError(f'batch_sizes must be a sequence of integers, got {batch_sizes!r}.')
         batch_sizes = tuple(batch_sizes)
         if not batch_sizes or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in batch_sizes):
             raise ValueError(f'batch_sizes must be positive integers, at least one, got {batch_sizes}.')
         if repeats < 1:
             raise ValueError(f'repeats must be at least 1, got {repeats}.')
-        input_size = tuple(model.pretrained_cfg['input_size'] if input_size is None else input_size)
-        if len(input_size) != 3 or input_size[0] != model.in_chans or min(input_size) < 1:
-            raise ValueError(f'input_size must be ({model.in_chans}, height, width) in pixels, got {input_size}.')
+        input_size = resolve_input_size(model, input_size)
         if device is not None:
             model = model.to(device)
         weight = next(model.parameters())
-        plain = model.uncompiled() if isinstance(model, OptimizedEnsemble) else model
-        macs = member_macs(plain, input_size[1:])
+        macs = member_macs(_plain(model), input_size[1:])
         image_dtype = model.output_dtype if isinstance(model, OptimizedEnsemble) else weight.dtype
         latency_ms: dict[int, dict[int, float]] = {}
-        for batch_size in batch_sizes:
+        # The largest first: what an optimised model measures, it measures with the first batches it meets.
+        for batch_size in sorted(batch_sizes, reverse=True):
             x = torch.randn(batch_size, *input_size, device=weight.device, dtype=image_dtype)
             seconds: dict[int, list[float]] = {n: [] for n in num_members}
             with torch.no_grad():
@@ -139,7 +146,7 @@ class LatencyTable:
             input_size=input_size,
             environment=environment(weight.device),
             macs={n: macs[n] for n in num_members},
-            latency_ms=latency_ms,
+            latency_ms={batch_size: latency_ms[batch_size] for batch_size in batch_sizes},
         )
 
     def members_for(
@@ -158,6 +165,7 @@ class LatencyTable:
             input_size: Channels, height and width of the images, to make sure that the table is about such images.
 
         Raises:
+            TypeError: The budget is not a number.
             ValueError: Not exactly one of `latency_ms` and `macs` is given, not even the fewest members fit,
                 `batch_size` exceeds what was measured, or `input_size` is not the table's.
         """
@@ -165,6 +173,9 @@ class LatencyTable:
             raise ValueError(f'exactly one of latency_ms and macs must be given, got {latency_ms!r} and {macs!r}.')
         if input_size is not None and tuple(input_size) != self.input_size:
             raise ValueError(f'input_size must be that of the table, {self.input_size}, got {tuple(input_size)}.')
+        for name, budget in (('latency_ms', latency_ms), ('macs', macs)):
+            if budget is not None and (isinstance(budget, bool) or not isinstance(budget, numbers.Real)):
+                raise TypeError(f'{name} must be a number, got {budget!r}.')
         name, budget, costs = 'macs', macs, self.macs
         if latency_ms is not None:
             measured = [size for size in self.latency_ms if size >= batch_size]
@@ -223,13 +234,18 @@ class LatencyTable:
         if not other_hardware:
             available = device.type == 'cpu' or torch.cuda.is_available()
             here = environment(device) if available else {'device': 'cpu'}
-            other = {key: value for key, value in table.environment.items() if here.get(key) != value}
+            other = [key for key in {**table.environment, **here} if here.get(key) != table.environment.get(key)]
             if other:
                 raise ValueError(
                     f'path must be a table of this machine unless other_hardware=True; {path} was measured with '
-                    f'{other}, here it is {({key: here.get(key) for key in other})}.')
+                    f'{({key: table.environment.get(key) for key in other})}, here it is '
+                    f'{({key: here.get(key) for key in other})}.')
         if model is not None:
-            other = {key: value for key, value in _describe(model).items() if getattr(table, key) != value}
+            found = {**_describe(model), 'input_size': (model.in_chans, *table.input_size[1:])}
+            other = {key: value for key, value in found.items() if getattr(table, key) != value}
+            if not other:  # another width, or other classes
+                macs = member_macs(_plain(model), table.input_size[1:])
+                other = {'macs': macs} if any(macs[n] != table.macs[n] for n in table.macs) else {}
             if other:
                 raise ValueError(
                     f'path must be a table of such a model; {path} was measured with '

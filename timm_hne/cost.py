@@ -3,6 +3,7 @@ import argparse
 import copy
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import timm
@@ -48,6 +49,24 @@ def _scale_to_prefixes(model: HierarchicalEnsemble, costs: dict[str, int]) -> di
     }
 
 
+def resolve_input_size(model: HierarchicalEnsemble, input_size: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """Return the channels, height and width of images for a model; the model's own if `input_size` is None.
+
+    Raises:
+        TypeError: `input_size` is not a sequence.
+        ValueError: It does not fit the model, or is None and the model has none of its own.
+    """
+    if input_size is None:
+        if not hasattr(model, 'pretrained_cfg'):
+            raise ValueError('the size of the images must be given for a model that timm.create_model did not make.')
+        input_size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
+    if not isinstance(input_size, Sequence):
+        raise TypeError(f'input_size must be ({model.in_chans}, height, width) in pixels, got {input_size!r}.')
+    if len(input_size) != 3 or input_size[0] != model.in_chans or min(input_size) < 1:
+        raise ValueError(f'input_size must be ({model.in_chans}, height, width) in pixels, got {tuple(input_size)}.')
+    return tuple(input_size)
+
+
 def member_macs(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | None = None) -> dict[int, int]:
     """Count the multiply-accumulates of one image for every number of members, with fvcore.
 
@@ -66,9 +85,7 @@ def member_macs(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | N
         warnings.simplefilter('ignore', FutureWarning)
         from fvcore.nn import FlopCountAnalysis
     if img_size is None:
-        if not hasattr(model, 'pretrained_cfg'):
-            raise ValueError('img_size must be given for a model that timm.create_model did not make.')
-        img_size = model.pretrained_cfg['input_size'][1:]
+        img_size = resolve_input_size(model)[1:]
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     # fvcore traces a forward pass, which needs memory but no particular values.
     model = copy.deepcopy(model).to_empty(device='cpu').float().eval()

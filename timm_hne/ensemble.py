@@ -15,10 +15,11 @@ __all__ = ['HierarchicalEnsemble']
 
 
 @torch.fx.wrap
-def check_images(x: torch.Tensor) -> None:
-    """Raise a ValueError unless `x` is a batch of images `(B, C, H, W)` with at least one pixel."""
-    if x.dim() != 4 or x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f'x must be images (B, C, H, W) of at least 1x1 pixels, got shape {list(x.shape)}.')
+def check_images(x: torch.Tensor, in_chans: int) -> None:
+    """Raise a ValueError unless `x` is a batch of images `(B, in_chans, H, W)` with at least one pixel."""
+    if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(
+            f'x must be images (B, {in_chans}, H, W) of at least 1x1 pixels, got shape {list(x.shape)}.')
 
 
 class HierarchicalEnsemble(nn.Module):
@@ -213,7 +214,7 @@ class HierarchicalEnsemble(nn.Module):
         Returns:
             Feature maps `(B, n * F, H', W')`, member-major.
         """
-        check_images(x)
+        check_images(x, self.in_chans)
         num_members = self._resolve_num_members(num_members)
         for block in self.blocks:
             x = block(x, self._span(block.nodes, num_members))
@@ -350,7 +351,7 @@ class HierarchicalEnsemble(nn.Module):
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
-        check_images(x)
+        check_images(x, self.in_chans)
         num_members = self._resolve_num_members(num_members)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         intermediates: List[torch.Tensor] = []

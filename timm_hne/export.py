@@ -1,5 +1,6 @@
 """Programs for other run-times: one ONNX or torch.export file per number of members."""
 import argparse
+import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from timm.models import safe_model_name
 
 from .checkpoints import create_ensemble, load_checkpoint
+from .cost import resolve_input_size
 from .ensemble import HierarchicalEnsemble
 from .files import write_file
 from .inference import check_ready, validate_schedule
@@ -62,9 +64,7 @@ def export(
     check_ready(model)
     if format not in FORMATS:
         raise ValueError(f'format must be one of {", ".join(FORMATS)}, got {format!r}.')
-    input_size = tuple(model.pretrained_cfg['input_size'] if input_size is None else input_size)
-    if len(input_size) != 3 or input_size[0] != model.in_chans or min(input_size) < 1:
-        raise ValueError(f'input_size must be ({model.in_chans}, height, width) in pixels, got {input_size}.')
+    input_size = resolve_input_size(model, input_size)
     path = Path(path)
     prefix = model.extract(num_members).cpu().float()
     prefix = optimize_for_inference(prefix, compile=False, keep_memory=False).uncompiled()
@@ -73,7 +73,7 @@ def export(
         # Of the exporter's own making.
         warnings.simplefilter('ignore', FutureWarning)
         warnings.simplefilter('ignore', DeprecationWarning)
-        expected = prefix(images)
+        expected = copy.deepcopy(model).cpu().float()(images, num_members)
         program = torch.export.export(prefix, (images,), dynamic_shapes=({0: torch.export.Dim('batch', min=1)},))
 
         def save(temporary: Path) -> None:

@@ -115,6 +115,11 @@ def _stepper(model: torch.nn.Module) -> Callable[[Frontier, int, int], tuple[tor
     return torch.no_grad()(getattr(model, 'advance', None) or functools.partial(advance, model))
 
 
+def forget_times(model: torch.nn.Module) -> None:
+    """Forget how long the steps of a model took, because it will take them elsewhere or anew."""
+    _step_times.pop(model, None)
+
+
 def _relative_cost(model: HierarchicalEnsemble, start: int, stop: int) -> float:
     """Estimate the work of a step, in a unit of its own: weights times pixels of the new nodes of each block."""
     cost = 0.
@@ -156,7 +161,7 @@ def anytime(
     """
     begin = _clock()
     check_ready(model)
-    check_images(x)
+    check_images(x, model.in_chans)
     schedule = validate_schedule(schedule, model.ensemble_size)
     if deadline is not None:
         if isinstance(deadline, bool) or not isinstance(deadline, numbers.Real):
@@ -173,7 +178,8 @@ def _anytime(
         schedule: tuple[int, ...],
         deadline: float | None,
 ) -> Iterator[torch.Tensor]:
-    step, frontier = _stepper(model), first_frontier(model, x)
+    # Networks that share nothing read the images at every step; the caller may have put others in their place by then.
+    step, frontier = _stepper(model), first_frontier(model, x if model.nodes[0] == 1 else x.clone())
     measured = _step_times.setdefault(model, defaultdict(lambda: deque(maxlen=_MEASUREMENTS_KEPT)))
     shape, compiles = (tuple(x.shape), x.dtype, x.device), hasattr(model, 'advance')
     logits: list[torch.Tensor] = []
@@ -286,6 +292,9 @@ def early_exit(
 ) -> EarlyExit:
     """Evaluate as many members as each image needs: after each step the images that are sure leave the batch.
 
+    What `optimize_for_inference` returned has programs of its own for a single image, which may be what is left of a
+    batch: before the first batch that counts, go through all steps of `anytime` once with many images, once with one.
+
     Args:
         model: Any `hne_*` model in evaluation mode, or what `optimize_for_inference` returned.
         x: Images `(B, C, H, W)`.
@@ -299,7 +308,7 @@ def early_exit(
         ValueError: One of them or `criterion` is out of range, or the model is in training mode or has no classifier.
     """
     check_ready(model)
-    check_images(x)
+    check_images(x, model.in_chans)
     validate_criterion(criterion, threshold, model.num_classes)
     schedule = validate_schedule(schedule, model.ensemble_size)
     step, frontier, start = _stepper(model), first_frontier(model, x), 0

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ensemble import HierarchicalEnsemble, check_images
-from .inference import Frontier, advance, anytime
+from .inference import Frontier, advance, anytime, forget_times
 from .layers import BranchedConv2d, ConvNormAct
 from .memory import keep_freed_memory
 from .tree import validate_num_members
@@ -199,6 +199,7 @@ class OptimizedEnsemble(nn.Module):
             if isinstance(module, FoldedConv):
                 module.formulations.clear()
         self._programs.clear()
+        forget_times(self)
         return self
 
     def train(self, mode: bool = True) -> 'OptimizedEnsemble':
@@ -253,13 +254,21 @@ class OptimizedEnsemble(nn.Module):
         """Yield the logits after more and more members; see `timm_hne.inference.anytime`."""
         return anytime(self, x, schedule, deadline)
 
+    @torch.no_grad()
+    def forward_features(self, x: Tensor, num_members: int | None = None) -> Tensor:
+        """Compute the last feature maps `(B, n * F, H', W')` in the type computed in; not compiled."""
+        return self.model.forward_features(self._check(x).to(self.dtype), num_members)
+
+    @torch.no_grad()
+    def forward_intermediates(self, x: Tensor, *args, **kwargs):
+        """Compute the feature maps of the blocks in the type computed in; not compiled."""
+        return self.model.forward_intermediates(self._check(x).to(self.dtype), *args, **kwargs)
+
     def _resolve(self, num_members: int | None) -> int:
         return self.num_members if num_members is None else validate_num_members(num_members, self.model.ensemble_size)
 
     def _check(self, x: Tensor) -> Tensor:
-        check_images(x)
-        if x.shape[1] != self.model.in_chans:
-            raise ValueError(f'x must have {self.model.in_chans} channels, got shape {list(x.shape)}.')
+        check_images(x, self.model.in_chans)
         return x
 
     def _body(self, kind: str, start: int, stop: int) -> Callable:
@@ -279,44 +288,53 @@ class OptimizedEnsemble(nn.Module):
     def _run(self, kind: str, start: int, stop: int, frontier: Frontier):
         some = next(features for features in frontier if features is not None)
         if start == 0:
-            if self.memory_format is None:
-                with self._lock:
+            with self._lock:
+                if self.memory_format is None:
                     self._choose_layout(some)
             some = some.detach().to(self.dtype, memory_format=self.memory_format)
             frontier = (some, *frontier[1:])
+        if some.shape[0] == 0:
+            return self._body(kind, start, stop)(*frontier)
         key = (kind, start, stop, some.shape[0] == 1)
-        program = self._programs.get(key)
-        if program is None:
-            if some.shape[0] == 0:
-                return self._body(kind, start, stop)(*frontier)
+        if key not in self._programs:
             with self._lock:
-                return self._build(key, frontier)
-        if some.shape[0] > 1:
+                if key not in self._programs:
+                    return self._build(key, frontier)
+        if not key[3]:
             _mark_batch(frontier)
-        return program(*frontier)
+        try:
+            return self._programs[key](*frontier)
+        except Exception as error:
+            return self._go_on_without(error, key, frontier)
 
     def _build(self, key: tuple, frontier: Frontier):
-        """Measure, compile and run a program for the first time; remember it, or its body if it cannot be compiled."""
-        body = self._body(*key[:3])
+        """Measure the convolutions of a program, make it, and run it for the first time."""
+        program = self._body(*key[:3])
         convs = [module for module in self.model.modules() if isinstance(module, FoldedConv)]
         for conv in convs:
             conv.measuring = True
         try:
-            result = body(*frontier)
+            result = program(*frontier)
         finally:
             for conv in convs:
                 conv.measuring = False
-        program = body
         if self.compile_programs:
             try:
                 if not key[3]:
                     _mark_batch(frontier)
-                program = _compile(_with_own_code(body), frontier)
+                program = _compile(_with_own_code(program), frontier)
                 result = program(*frontier)
-            except Exception as error:  # the body has just run, so whatever this is comes from the compiler
-                warnings.warn(f'Compilation is not available here, going on without: {error}', stacklevel=4)
-                self.compile_programs, program = False, body
+            except Exception as error:
+                return self._go_on_without(error, key, frontier)
         self._programs[key] = program
+        return result
+
+    def _go_on_without(self, error: Exception, key: tuple, frontier: Frontier):
+        """Run the body of a program that failed, from now on if it does not fail as well."""
+        body = self._body(*key[:3])
+        result = body(*frontier)
+        warnings.warn(f'Compilation is not available here, going on without: {error}', stacklevel=5)
+        self.compile_programs, self._programs[key] = False, body
         return result
 
     def _choose_layout(self, x: Tensor) -> None:
@@ -385,7 +403,8 @@ def optimize_for_inference(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f'dtype must be a floating point torch.dtype or None, got {dtype!r}.')
     output_dtype = next(model.parameters()).dtype
-    with torch.no_grad():
+    # Tensors made in inference mode could not be used outside of it.
+    with torch.inference_mode(False), torch.no_grad():
         model = copy.deepcopy(model).requires_grad_(False)
         _fold(model)
         model = model.to(dtype)

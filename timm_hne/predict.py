@@ -4,6 +4,7 @@ import math
 import time
 from os import PathLike
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
@@ -19,7 +20,7 @@ def load_image(path: str | PathLike, model: HierarchicalEnsemble) -> torch.Tenso
     """Read an image, turn it upright, and prepare it as the configuration of a model says.
 
     Args:
-        path: File in any format and mode that Pillow reads.
+        path: File in any format that Pillow reads, with 8 or 16 bits a channel.
         model: Model that timm's `create_model` has built.
 
     Returns:
@@ -30,7 +31,12 @@ def load_image(path: str | PathLike, model: HierarchicalEnsemble) -> torch.Tenso
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert('L' if model.in_chans == 1 else 'RGB')
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith('I;16'):  # Pillow would clip 16 bits to 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ('I', 'F'):
+                raise ValueError(f'nothing says which of its values is white (mode {image.mode})')
+            image = image.convert('L' if model.in_chans == 1 else 'RGB')
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # whatever the decoders raise
         raise OSError(f'image {path} cannot be read: {error}') from error
     return create_transform(**resolve_model_data_config(model))(image).unsqueeze(0)

@@ -1,4 +1,5 @@
 """Serving under load: requests from many threads, batches, and as many members as the queue leaves time for."""
+import itertools
 import logging
 import numbers
 import statistics
@@ -10,8 +11,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from .cost import resolve_input_size
 from .ensemble import HierarchicalEnsemble
 from .inference import check_ready, validate_schedule
 from .optimize import OptimizedEnsemble
@@ -19,7 +22,7 @@ from .tree import prefixes, validate_num_members
 
 _logger = logging.getLogger(__name__)
 
-_clock = time.monotonic
+_clock = time.perf_counter
 
 # Share of the latency target that is planned with; the rest is for what no plan foresees.
 _MARGIN = 0.8
@@ -67,13 +70,13 @@ class RunnerStats:
 class MemberPolicy:
     """Chooses the number of members of a batch from the state of the queue. No threads, no clock.
 
-    A number of members fits if the oldest request would be answered in time, and if at this pace so would be the last
-    of those that wait behind the batch or arrive while it runs. The largest that fits is taken.
+    A number of members fits if the oldest request of the batch would be answered in time, and if at this pace so would
+    be the oldest of those that wait behind it, and one that arrives at the end of it. The largest that fits is taken.
 
     Args:
         latency_target: Seconds within which a request is to be answered.
         seconds: Measured seconds of a batch, per number of members, then per batch size. The batch sizes are the same
-            for every number of members; between two of them the larger counts.
+            for every number of members; between two of them the seconds are interpolated.
     """
 
     def __init__(self, latency_target: float, seconds: dict[int, dict[int, float]]):
@@ -86,16 +89,24 @@ class MemberPolicy:
 
     def expected(self, num_members: int, batch_size: int) -> float:
         """Return the seconds that a batch of at most the largest measured size is expected to take."""
-        measured = next(size for size in self.batch_sizes if size >= batch_size)
-        return self.seconds[num_members][measured] * self.slowdown
+        row = self.seconds[num_members]
+        return float(np.interp(batch_size, self.batch_sizes, [row[size] for size in self.batch_sizes])) * self.slowdown
 
-    def choose(self, batch_size: int, waiting: int, oldest_age: float, arrival_rate: float) -> int:
+    def choose(
+            self,
+            batch_size: int,
+            waiting: int,
+            oldest_age: float,
+            waiting_age: float,
+            arrival_rate: float,
+    ) -> int:
         """Return the number of members for a batch.
 
         Args:
             batch_size: Number of requests in the batch.
             waiting: Number of requests behind it.
             oldest_age: Seconds since the oldest request of the batch was made.
+            waiting_age: Seconds since the oldest request behind it was made, 0 if there is none.
             arrival_rate: Requests per second that are arriving.
         """
         budget = _MARGIN * self.latency_target
@@ -106,7 +117,9 @@ class MemberPolicy:
             full, rest = divmod(round(behind), largest)
             rounds = full * self.expected(num_members, largest)
             rounds += self.expected(num_members, rest) if rest else 0.
-            if oldest_age + duration <= budget and duration + rounds <= budget:
+            following = self.expected(num_members, min(waiting, largest)) if waiting else 0.
+            ends = oldest_age + duration, waiting_age + duration + following, duration + rounds
+            if max(ends) <= budget:
                 return num_members
         return self.schedule[0]
 
@@ -178,9 +191,7 @@ class AdaptiveRunner:
         self.schedule = validate_schedule(schedule, model.ensemble_size)
         if self.schedule[0] < min_members or self.schedule[-1] > max_members:
             raise ValueError(f'schedule must stay within {min_members} to {max_members} members, got {self.schedule}.')
-        self.input_size = tuple(model.pretrained_cfg['input_size'] if input_size is None else input_size)
-        if len(self.input_size) != 3 or self.input_size[0] != model.in_chans or min(self.input_size) < 1:
-            raise ValueError(f'input_size must be ({model.in_chans}, height, width) in pixels, got {input_size}.')
+        self.input_size = resolve_input_size(model, input_size)
         self.model = model
         self.max_batch_size = max_batch_size
         self.max_queue = max_queue
@@ -211,7 +222,8 @@ class AdaptiveRunner:
         seconds: dict[int, dict[int, float]] = {}
         for num_members in self.schedule:
             row: dict[int, float] = {}
-            for size in sizes:
+            # The largest first: what an optimised model measures, it measures with the first batches it meets.
+            for size in reversed(sizes):
                 images = torch.randn(size, *self.input_size)
                 self._evaluate(images, num_members)
                 times = []
@@ -219,8 +231,8 @@ class AdaptiveRunner:
                     begin = _clock()
                     self._evaluate(images, num_members)
                     times.append(_clock() - begin)
-                row[size] = max([statistics.median(times), *row.values()])
-            seconds[num_members] = row
+                row[size] = max(statistics.median(times), 1e-6)  # a coarse clock may have stood still
+            seconds[num_members] = dict(zip(sizes, itertools.accumulate((row[size] for size in sizes), max)))
         return seconds
 
     def submit(self, image: torch.Tensor) -> 'Future[Answer]':
@@ -253,6 +265,8 @@ class AdaptiveRunner:
             now = _clock()
             self._arrivals.append(now)
             self._forget_arrivals(now)
+            if len(self._queue) >= self.max_queue:
+                self._drop_cancelled()
             if len(self._queue) >= self.max_queue:
                 self.stats.rejected += 1
                 raise Overloaded(f'max_queue={self.max_queue} requests are waiting; the request was rejected.')
@@ -298,42 +312,50 @@ class AdaptiveRunner:
                 self.stats.cancelled += 1
         return claimed
 
+    def _drop_cancelled(self) -> None:
+        requests, self._queue = self._queue, deque()
+        for request in requests:
+            if not request[1].cancelled():
+                self._queue.append(request)
+            else:
+                self._claim(request[1])
+
     def _forget_arrivals(self, now: float) -> None:
         while self._arrivals and self._arrivals[0] < now - self.policy.latency_target:
             self._arrivals.popleft()
 
-    def _next_batch(self) -> tuple[list[tuple[torch.Tensor, Future, float]], int, float] | None:
-        """Wait for requests; return a batch, the number left waiting and the arrival rate, or None at the end."""
+    def _next_batch(self) -> tuple[list[tuple[torch.Tensor, Future, float]], dict[str, float]] | None:
+        """Wait for requests; return a batch and what `MemberPolicy.choose` wants to know, or None at the end."""
         with self._condition:
             while not self._queue and not self._closed:
                 self._condition.wait()
             if not self._queue:
                 return None
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), self.max_batch_size))]
-            self._forget_arrivals(_clock())
-            return batch, len(self._queue), len(self._arrivals) / self.policy.latency_target
+            now = _clock()
+            self._forget_arrivals(now)
+            return batch, {
+                'waiting': len(self._queue),
+                'waiting_age': now - self._queue[0][2] if self._queue else 0.,
+                'arrival_rate': len(self._arrivals) / self.policy.latency_target,
+            }
 
     def _work(self) -> None:
         try:
             while (work := self._next_batch()) is not None:
-                requests, waiting, arrival_rate = work
+                requests, load = work
                 requests = [request for request in requests if self._claim(request[1])]
                 if requests:
-                    self._answer(requests, waiting, arrival_rate)
+                    self._answer(requests, load)
         finally:
             # Should anything unforeseen end the loop, nobody may wait for an answer that will not come.
             self.shutdown(drain=False, wait=False)
 
-    def _answer(
-            self,
-            requests: list[tuple[torch.Tensor, Future, float]],
-            waiting: int,
-            arrival_rate: float,
-    ) -> None:
+    def _answer(self, requests: list[tuple[torch.Tensor, Future, float]], load: dict[str, float]) -> None:
         images, futures, arrivals = zip(*requests)
         try:
             begin = _clock()
-            num_members = self.policy.choose(len(requests), waiting, begin - arrivals[0], arrival_rate)
+            num_members = self.policy.choose(len(requests), oldest_age=begin - arrivals[0], **load)
             logits = self._evaluate(torch.stack(images), num_members)
             self.policy.record(num_members, len(requests), _clock() - begin)
         except BaseException as error:  # whatever it is, these clients must not wait for ever
