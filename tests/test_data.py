@@ -252,9 +252,11 @@ def test_torchvision_data_set(tmp_path):
         patch.setattr(CIFAR10, '_check_integrity', lambda self: True)
         patch.setattr('torchvision.datasets.cifar.check_integrity', lambda path, md5: True)
         train, val, names = create_datasets('torch/cifar10', str(tmp_path), 'train', 'test')
+        grey = create_datasets('torch/cifar10', str(tmp_path), 'train', 'test', in_chans=1)[1]
     assert (len(train), len(val), names) == (10, 2, list('0123456789'))
     images, labels = load_into_memory(val, 32)
     assert torch.equal(images.flatten(1), torch.from_numpy(pixels)) and labels.tolist() == [3, 9]
+    assert load_into_memory(grey, 32)[0].shape == (2, 1, 32, 32)
 
 
 @needs_sklearn
@@ -306,6 +308,18 @@ def test_missing_package_is_named(monkeypatch, name, package):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda package: None)
     with pytest.raises(ImportError, match=f"dataset '{name}' needs the package {package}: pip install {package}"):
         open_dataset(name, 'data', 'train')
+
+
+def test_splits_of_digits_and_their_names():
+    """Training on the test images would be a slip of one letter."""
+    with pytest.raises(ValueError, match=r"digits have the splits train and test .*, got 'trian'"):
+        open_dataset(DIGITS, None, 'trian', 1)
+
+
+@pytest.mark.parametrize('options', [dict(val_fraction=0.01), dict(val_fraction=0.99)])
+def test_nothing_left_to_train_on_or_to_evaluate(folder, options):
+    with pytest.raises(ValueError, match=r'of \d+ images leaves none to (train on|evaluate)'):
+        create_datasets('', str(folder), 'train', 'val', **options)
 
 
 def test_digits_are_grey():

@@ -136,8 +136,9 @@ def test_runs_of_several_seeds_are_averaged(plot, write):
     assert [row['top1'] for row in runs[0]['members']] == [80 + n / 4 + 2.5 for n in range(1, 17)]
     assert runs[0]['member_top1'] == pytest.approx([82.5 + m / 10 for m in range(16)])
     assert runs[0]['members'][3]['macs'] == 14 * 10 ** 6
-    unknown = plot.load_runs(write(make_run(seed=None), make_run(seed=None)))
-    assert [run['seed'] for run in unknown] == [None]
+    other = make_run(seed=2, recipe={'lr': 0.1})
+    apart = make_run(seed=None), make_run(seed=None), make_run(seed=1), other, make_run(seed=1)
+    assert [run['seed'] for run in plot.load_runs(write(*apart))] == [None, None, '1', '2', '1']
 
 
 def test_table_can_say_what_was_not_run(plot, write, capsys):

@@ -196,12 +196,18 @@ def test_wrong_options(train, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_wrong_option_in_config_file(train, tmp_path, capsys):
+@pytest.mark.parametrize(('line', 'message'), [
+    ('hne_objective: distil', 'objective must be one of independent, hierarchical'),
+    ('hne_alpha: true', 'alpha must be'),
+    ('hne_alpha: [1]', 'alpha must be'),
+    ('hne_temperature: cold', 'invalid float value'),
+])
+def test_wrong_option_in_config_file(train, tmp_path, capsys, line, message):
     config = tmp_path / 'config.yaml'
-    config.write_text('hne_objective: distil\n')
+    config.write_text(f'{line}\n')
     with pytest.raises(SystemExit):
         train('--config', str(config), '--model', HNE)
-    assert 'objective must be one of independent, hierarchical' in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_options_for_another_model(train):
@@ -293,6 +299,11 @@ def test_device_modules(script, tmp_path):
     done = python(*arguments, '--model', OTHER)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(output.read_text())['task'] == 'ClassificationTask'
+    config.write_text('hne_alpha: 5e-1\n')  # a string to YAML
+    assert python(*arguments, '--config', str(config), '--model', HNE).returncode == 0
+    config.write_text('hne_alpha: true\n')
+    done = python(*arguments, '--config', str(config), '--model', HNE)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith('error: alpha must be')
 
 
 def test_device_modules_of_a_script_without_tasks(script):

@@ -3,6 +3,7 @@ import csv
 import importlib.util
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -162,6 +163,79 @@ def test_killed_at_any_moment(options, tmp_path):
     result = train(TrainConfig(**options, resume=True))
     assert 0 < len(result.history) < 8
     assert rows(options['output_dir']) == expected
+
+
+def test_killed_while_the_first_checkpoint_is_written(options):
+    """What is there under a temporary name is no checkpoint, whole or not."""
+    expected = train(TrainConfig(**{**options, 'epochs': 1})).history
+    folder = Path(options['output_dir'])
+    whole = (folder / 'last.pth.tar').read_bytes()
+    for content in (whole, whole[:-100]):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / 'tmp.pth.tar').write_bytes(content)
+        result = train(TrainConfig(**{**options, 'epochs': 1}, resume=True))
+        assert without_speed(result.history) == without_speed(expected)
+        assert result.checkpoint.is_file() and not (folder / 'tmp.pth.tar').exists()
+
+
+def without_speed(history):
+    return [{key: value for key, value in row.items() if 'per_second' not in key} for row in history]
+
+
+def test_broken_weights_are_not_saved(options, monkeypatch):
+    """The last update of an epoch is followed by no loss that could tell."""
+    options['epochs'] = 3
+    check = trainer._Run._check_weights
+
+    def break_them(run, epoch):
+        if epoch == 1:
+            next(run.model.parameters()).data.fill_(math.inf)
+        check(run, epoch)
+
+    monkeypatch.setattr(trainer._Run, '_check_weights', break_them)
+    with pytest.raises(NonFiniteLossError, match=r'weight is not finite at the end of epoch 2, .* is from before'):
+        train(TrainConfig(**options))
+    monkeypatch.undo()
+    assert [row['epoch'] for row in train(TrainConfig(**options, resume=True)).history] == [1, 2]
+
+
+def test_other_classes_under_the_same_numbers(options, tmp_path):
+    train(TrainConfig(**{**options, 'epochs': 1}))
+    other = make_images(tmp_path / 'other')
+    for split in ('train', 'test'):
+        for path in (other / split).iterdir():
+            path.rename(path.with_name(path.name.replace('class', 'kind')))
+    with pytest.raises(ValueError, match=r'with other classes, its own were class0, .*, those of the data are kind0'):
+        train(TrainConfig(**{**options, 'epochs': 1, 'data_dir': str(other)}, resume=True))
+
+
+@pytest.mark.parametrize(('values', 'message'), [
+    ({'in_memory': True}, 'in_memory must be false for the streamed data set'),
+    ({'unreadable': 'error'}, "unreadable must be skip for the streamed .* passes over what it cannot read, got error"),
+    ({'num_workers': 0}, 'num_workers must be at least 1 for the streamed data set'),
+    ({'num_workers': 3}, 'fewer batches than it announced; there must not be more num_workers'),
+])
+def test_streams(options, values, message, monkeypatch):
+    class Stream(torch.utils.data.IterableDataset):
+        """Two workers get 16 images each; of three, the first two get 8, the third nothing."""
+
+        transform = None
+
+        def __len__(self):
+            return 32
+
+        def __iter__(self):
+            worker = torch.utils.data.get_worker_info()
+            for index in range(16 if worker.num_workers < 3 else 8 if worker.id < 2 else 0):
+                yield self.transform(Image.new('RGB', (8, 8))), index % 3
+
+    monkeypatch.setattr(trainer, 'create_datasets', lambda *args, **kwargs: (Stream(), Stream(), None))
+    options.update(in_memory=False, unreadable='skip', num_workers=2, batch_size=8, num_classes=3, epochs=1)
+    assert train(TrainConfig(**options)).history
+    options['output_dir'] += '2'
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        train(TrainConfig(**{**options, **values}))
 
 
 def test_checkpoints_know_the_names_of_the_classes(options):
@@ -371,6 +445,7 @@ def test_unknown_key_names_the_nearest(options):
     ({'max_train_images': -5}, ValueError, 'max_train_images must be at least 1, got -5'),
     ({'max_train_images': 0}, ValueError, 'max_train_images must be at least 1'),
     ({'img_size': 0}, ValueError, 'img_size must be at least 1'),
+    ({'in_chans': 2}, ValueError, 'in_chans must be 1 or 3, got 2'),
     ({'crop_padding': -1}, ValueError, 'crop_padding must be at least 0'),
     ({'hflip': 1.5}, ValueError, 'hflip must be from 0 to 1'),
     ({'scale': (0., 1.)}, ValueError, 'scale must be above 0 and at most 1'),

@@ -13,12 +13,20 @@ from timm.utils import load_checkpoint_metadata
 
 from .ensemble import HierarchicalEnsemble
 
-__all__ = ['check_same_run', 'create_ensemble', 'find_checkpoint', 'load_checkpoint', 'load_weights']
+__all__ = ['check_same_run', 'create_ensemble', 'find_checkpoint', 'load_checkpoint', 'load_weights', 'recipe_of']
 
 _logger = logging.getLogger(__name__)
 
 # Keys of a recipe that may change when a run is continued: they say where and how it runs, not what it computes.
 _FREE_KEYS = ('data_dir', 'output_dir', 'resume', 'download', 'num_workers', 'device', 'log_interval', 'progress')
+
+
+def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a checkpoint was trained, from the arguments it holds: what was computed, and no path of a machine."""
+    return {
+        key: value for key, value in config.items()
+        if key not in (*_FREE_KEYS, 'label_names') and not os.path.isabs(str(value))
+    }
 
 
 def load_weights(model: nn.Module, path: str) -> None:
@@ -54,7 +62,8 @@ def find_checkpoint(folder: Path, resume: bool) -> Path | None:
         FileExistsError: There are checkpoints, but nobody asked to `resume`.
         RuntimeError: There are checkpoints, but none can be read.
     """
-    files = sorted(folder.glob('*.pth.tar'))
+    # What timm's saver leaves under a temporary name if it is killed is no checkpoint yet.
+    files = sorted(path for path in folder.glob('*.pth.tar') if path.name != 'tmp.pth.tar')
     if files and not resume:
         raise FileExistsError(f'output_dir {folder} holds a run already; continue it with resume, or choose another.')
     readable = []
@@ -68,19 +77,30 @@ def find_checkpoint(folder: Path, resume: bool) -> Path | None:
     return max(readable)[1] if readable else None
 
 
-def check_same_run(checkpoint: Path, config: Mapping[str, Any]) -> None:
-    """Check that a run can be continued by a configuration.
+def check_same_run(checkpoint: Path, config: Mapping[str, Any], label_names: list[str] | None = None) -> None:
+    """Check that a run can be continued by a configuration, with data of these classes if they are known.
 
     Raises:
         ValueError: They differ in what is computed.
     """
-    before = vars(load_checkpoint_metadata(str(checkpoint))['args'])
+    args = load_checkpoint_metadata(str(checkpoint)).get('args')
+    if args is None:
+        raise ValueError(f'the run in {checkpoint.parent} cannot be continued, its checkpoint has no recipe.')
+    before = vars(args)
     changed = [
         f'{name} was {before.get(name)!r} and is {value!r}'
         for name, value in config.items() if name not in _FREE_KEYS and before.get(name) != value
     ]
     if changed:
         raise ValueError(f'the run in {checkpoint.parent} cannot be continued, it differs: {"; ".join(changed)}.')
+    if before.get('label_names') and label_names and before['label_names'] != label_names:
+        raise ValueError(
+            f'the run in {checkpoint.parent} cannot be continued with other classes, its own were '
+            f'{", ".join(before["label_names"][:10])}, those of the data are {", ".join(label_names[:10])}.')
+    if not config['in_memory'] and before['num_workers'] != config['num_workers']:
+        _logger.warning(
+            f'num_workers was {before["num_workers"]} and is {config["num_workers"]}: images are augmented differently '
+            'from what they would have been.')
 
 
 def load_checkpoint(path: str | os.PathLike, name: str | None = None) -> tuple[HierarchicalEnsemble, dict[str, Any]]:

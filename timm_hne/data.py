@@ -1,6 +1,7 @@
 """Image data sets for training: timm's by their names, and scikit-learn's digits; small images kept in memory."""
 import importlib.util
 import math
+import operator
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -168,6 +169,8 @@ def open_dataset(
     if kind == DIGITS:
         if in_chans != 1:
             raise ValueError(f'{DIGITS} are grey images, the model takes images of {in_chans} channels (in_chans).')
+        if split not in ('train', 'validation', 'test'):
+            raise ValueError(f'{DIGITS} have the splits train and test (also called validation), got {split!r}.')
         return DigitsDataset(train=split == 'train')
     for package in _KINDS.get(kind, ()):
         if importlib.util.find_spec(package) is None:
@@ -179,14 +182,16 @@ def open_dataset(
             raise FileNotFoundError(f'data_dir does not exist: {root}')
     if class_map is not None:
         kwargs['class_map'] = class_map
+    mode = 'L' if in_chans == 1 else 'RGB'
     try:
-        dataset = create_dataset(
-            name, root=root, split=split, input_img_mode='L' if in_chans == 1 else 'RGB', **kwargs)
+        dataset = create_dataset(name, root=root, split=split, input_img_mode=mode, **kwargs)
     except AssertionError as error:
         raise ValueError(f'dataset {name!r} cannot be opened: {error}') from error
     except RuntimeError as error:
         raise FileNotFoundError(
             f'data_dir {root} holds no images of dataset {name!r}, split {split!r}: {error}') from error
+    if kind == 'torch':  # torchvision's own, which timm's mode does not reach
+        dataset.transform = operator.methodcaller('convert', mode)
     if isinstance(getattr(dataset, 'reader', None), ReaderImageFolder):
         _check_folder(dataset.reader, root, split, class_map)
     return dataset
@@ -254,7 +259,8 @@ def create_datasets(
     Raises:
         FileNotFoundError: The folder, or the folder of a split, does not exist.
         ImportError: The data set needs a package that is not installed.
-        ValueError: The name is unknown, a class folder holds no image, or validation has a class that training has not.
+        ValueError: The name is unknown, a class folder holds no image, validation has a class that training has not, or
+            no image is left for one of them.
     """
     def open_split(split: str, class_map: dict[str, int] | None = None) -> Dataset:
         dataset = open_dataset(
@@ -292,6 +298,9 @@ def create_datasets(
     else:
         val = open_split(val_split, source.reader.class_to_idx if is_folder(source) else None)
         val = val if streamed else ImageSubset(val, None, unreadable, training=False)
+    if not streamed and not (len(val) and (indices is None or len(indices))):
+        purpose = 'train on' if len(val) else 'evaluate'
+        raise ValueError(f'val_fraction {val_fraction} of {len(source)} images leaves none to {purpose}.')
     train = source if streamed else ImageSubset(source, indices, unreadable, training=True)
     return train, val, class_names_of(source)
 
@@ -492,7 +501,7 @@ def create_image_loader(
             rank=rank,
             world_size=world_size,
         )
-    return create_loader(
+    loader = create_loader(
         dataset,
         input_size=(config.in_chans, config.img_size, config.img_size),
         batch_size=config.batch_size,
@@ -511,3 +520,6 @@ def create_image_loader(
         # Workers that live longer than an epoch carry random states that no checkpoint has.
         persistent_workers=False,
     )
+    if training and world_size > 1 and hasattr(loader.sampler, 'seed'):
+        loader.sampler.seed = config.seed  # timm leaves it at 0
+    return loader

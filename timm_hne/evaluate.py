@@ -1,6 +1,7 @@
 """Evaluation: what the ensembles of the first n members are worth, for all n, in one pass over the data."""
 import argparse
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from timm.data import create_loader, resolve_data_config
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from .checkpoints import create_ensemble, load_checkpoint
+from .checkpoints import create_ensemble, load_checkpoint, recipe_of
 from .cost import member_macs
 from .data import ImageSubset, class_names_of, open_dataset
 from .ensemble import HierarchicalEnsemble
@@ -20,6 +21,8 @@ from .metrics import EnsembleMetrics
 from .tree import prefixes
 
 __all__ = ['evaluate', 'plot_accuracy', 'to_markdown']
+
+_logger = logging.getLogger(__name__)
 
 # Head of a column and format of a value, for every metric of the report.
 _COLUMNS = {
@@ -88,19 +91,30 @@ def evaluate(
     }
 
 
-def _open_images(name: str, root: str | None, split: str, model: HierarchicalEnsemble) -> Dataset:
+def _open_images(
+        name: str,
+        root: str | None,
+        split: str,
+        model: HierarchicalEnsemble,
+        label_names: list[str] | None,
+) -> Dataset:
     dataset = open_dataset(name, root, split, model.in_chans)
     names = class_names_of(dataset)
     if names and len(names) != model.num_classes:
         raise ValueError(
             f'the model has {model.num_classes} classes, the split {split!r} of {name or root} has {len(names)}: '
             f'{", ".join(names[:10])}.')
+    if names and label_names and names != label_names:
+        _logger.warning(
+            f'the model was trained on classes named {", ".join(label_names[:10])}, those of the data are '
+            f'{", ".join(names[:10])}: they count as the same, in this order.')
     return dataset if isinstance(dataset, IterableDataset) else ImageSubset(dataset, None, 'error', training=False)
 
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Render an evaluation as a Markdown table, one row per number of members."""
-    facts = [f'{key.replace("_", " ")}: {value}' for key, value in result.items() if not isinstance(value, list)]
+    plain = {key: value for key, value in result.items() if not isinstance(value, (list, dict))}
+    facts = [f'{key.replace("_", " ")}: {value}' for key, value in plain.items()]
     facts.insert(1, f'nodes: {tuple(result["nodes"])}')
     heads = [head for head, _ in _COLUMNS.values()] + ['Top-1 of member n alone (%)']
     lines = [', '.join(facts), '', f'| {" | ".join(heads)} |', f'|{" ---: |" * len(heads)}']
@@ -199,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f'the model takes images of {model.in_chans} channels, but their mean and standard deviation are known '
             f'for {len(data_config["mean"])} only; its checkpoint does not hold them.')
-    dataset = _open_images(args.dataset, args.data_dir, args.split, model)
+    dataset = _open_images(args.dataset, args.data_dir, args.split, model, config.get('label_names'))
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],
@@ -230,6 +244,7 @@ def run(args: argparse.Namespace) -> None:
         'alpha': config.get('alpha', config.get('hne_alpha')) if distilled else None,
         'epochs': config.get('epochs'),
         'seed': config.get('seed'),
+        'recipe': {key: value for key, value in recipe_of(config).items() if key != 'seed'},
         'members': measured['members'],
         'member_top1': measured['member_top1'],
     }

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 from timm.utils import load_checkpoint_metadata
 
-from .checkpoints import load_checkpoint
+from .checkpoints import load_checkpoint, recipe_of
 from .ensemble import HierarchicalEnsemble
 from .evaluate import plot_accuracy
 from .hub import CONFIG_NAME, DIGESTS_NAME, WEIGHTS_NAME, digest
@@ -339,10 +339,7 @@ def run(args: argparse.Namespace) -> None:
     folder = path if path.is_dir() else path.parent
     recipe = _read(args.recipe, folder / RECIPE_NAME)
     if recipe is None and args.recipe is None:
-        # paths of this machine are of no use to anybody else
-        recipe = {
-            key: value for key, value in config.items() if key != 'label_names' and not os.path.isabs(str(value))
-        }
+        recipe = recipe_of(config)
     where = publish(
         model,
         args.repo_id,

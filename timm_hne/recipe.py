@@ -125,6 +125,8 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not all(map(fits, value if isinstance(value, tuple) else (value,))):
                     raise ValueError(f'{name} must be {allowed}, got {value}.')
+        if self.in_chans not in (1, 3):
+            raise ValueError(f'in_chans must be 1 or 3, got {self.in_chans}.')
         if len(self.scale) != 2 or self.scale[0] > self.scale[1]:
             raise ValueError(f'scale must be two numbers, the smaller first, got {self.scale}.')
         for name in ('num_classes', 'in_chans', 'pretrained'):

@@ -118,6 +118,8 @@ class _Run:
             batch_size=config.batch_size,
             seed=config.seed,
         )
+        if isinstance(train_set, IterableDataset):
+            _check_streamed(config)
         num_classes = len(label_names) if label_names else None
         if num_classes is None and config.num_classes is None:
             raise ValueError(f'num_classes must be given for the data set {config.dataset!r}, which does not tell.')
@@ -129,7 +131,7 @@ class _Run:
         model, config = _create_model(config, num_classes or config.num_classes)
         self.config = config
         if checkpoint is not None:
-            check_same_run(checkpoint, asdict(config))
+            check_same_run(checkpoint, asdict(config), label_names)
         if config.sync_bn:
             model = convert_sync_batchnorm(model)
         self.model = model.to(device, memory_format=torch.channels_last if config.channels_last else None)
@@ -215,6 +217,7 @@ class _Run:
                 for ema in (False, True)[:1 + self.task.has_ema()]:
                     distribute_bn(self.task.get_trainable_module(ema=ema), self.world_size, reduce=True)
             metrics = self._evaluate()
+            self._check_weights(epoch)
             named = {**{f'train_{k}': v for k, v in row.items()}, **{f'eval_{k}': v for k, v in metrics.items()}}
             history.append({'epoch': epoch, **named})
             self._report(epoch, row, metrics)
@@ -253,7 +256,12 @@ class _Run:
         )
         for update in bar:
             for accumulated in range(1, config.grad_accum_steps + 1):
-                images, target = next(batches)
+                batch = next(batches, None)
+                if batch is None:
+                    raise RuntimeError(
+                        'the data set has fewer batches than it announced; there must not be more num_workers, of all '
+                        'processes, than shards.')
+                images, target = batch
                 self._backward(images, target, accumulated == config.grad_accum_steps, losses, step)
             step += 1
             task.update_ema(step=step)
@@ -307,6 +315,15 @@ class _Run:
                 evaluator.update(outputs[:, index], target[readable])
         results = {n: evaluator.compute(distributed=self.world_size > 1) for n, evaluator in evaluators.items()}
         return {**{f'top1_{n}': results[n]['top1'] for n in sizes}, 'loss': results[sizes[-1]]['loss']}
+
+    def _check_weights(self, epoch: int) -> None:
+        """Raise a NonFiniteLossError if the last update has broken the weights, before they are saved."""
+        for name, tensor in self.task.get_trainable_module().state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                kept = ' The last checkpoint is from before.' if epoch else ''
+                raise NonFiniteLossError(
+                    f'{name} is not finite at the end of epoch {epoch + 1}, at learning rate '
+                    f'{self.optimizer.param_groups[0]["lr"]:g}.{kept} A lower lr, warmup_epochs or clip_grad may help.')
 
     def _report(self, epoch: int, row: dict[str, float], metrics: dict[str, float]) -> None:
         for kind, dataset in (('training', self.train_set), ('validation', self.val_set)):
@@ -367,6 +384,19 @@ class _Losses:
         self.count += len(self.unread)
         self.unread.clear()
         return dict(zip(self.names, (self.total / self.count).tolist()))
+
+
+def _check_streamed(config: TrainConfig) -> None:
+    """Refuse what cannot be done with a data set that is a stream."""
+    for name, wrong, allowed, reason in (
+            ('in_memory', config.in_memory, 'false', ''),
+            ('unreadable', config.unreadable != 'skip', 'skip', ', whose reader passes over what it cannot read'),
+            ('num_workers', not config.num_workers, 'at least 1', ', or a resumed run would see other images'),
+    ):
+        if wrong:
+            raise ValueError(
+                f'{name} must be {allowed} for the streamed data set {config.dataset!r}{reason}, '
+                f'got {getattr(config, name)}.')
 
 
 def _create_model(config: TrainConfig, num_classes: int) -> tuple[HierarchicalEnsemble, TrainConfig]:

@@ -94,7 +94,7 @@ def _injected() -> Iterator[None]:
         if parser in extended:
             try:
                 options.update(_read_options(parsed))
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 parser.error(str(error))
         elif 'epochs' in parsed and 'model' in parsed and (
                 _is_ensemble_name(parsed.model) or any(argument.startswith('--hne-') for argument in rest)):
@@ -127,10 +127,14 @@ def _read_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the HNE options that are set. For a registered ensemble, write the others into `args`, to be saved.
 
     Raises:
+        TypeError: An option is of a wrong type.
         ValueError: An option is out of range.
     """
     given = {name: getattr(args, f'hne_{name}', None) for name in _OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
+    for name in ('alpha', 'temperature'):
+        if isinstance(given.get(name), str):  # as YAML reads 5e-1
+            given[name] = float(given[name])
     HNELoss(**given)
     if given:
         # Another task would ignore what was asked for.
@@ -169,7 +173,10 @@ def _inject_into_running_script() -> None:
     while frame is not None:
         args = frame.f_locals.get('args')
         if frame.f_globals is script and __name__ in (getattr(args, 'device_modules', None) or ()):
-            options = _read_options(args)
+            try:
+                options = _read_options(args)
+            except (TypeError, ValueError) as error:
+                raise SystemExit(f'error: {error}') from error
             # The script has bound the name already.
             stock_task = script.get('ClassificationTask')
             if stock_task is timm.task.ClassificationTask:

@@ -84,16 +84,24 @@ def check_run(run: Run) -> None:
 
 def average_seeds(runs: list[Run]) -> list[Run]:
     """Return the mean of every group of runs that differ in nothing but their seed; `seed` becomes all of theirs."""
-    groups: dict[str, list[Run]] = {}
+    groups: list[list[Run]] = []
+
+    def setting(run: Run) -> Run:
+        return {key: value for key, value in run.items() if key not in ('seed', 'members', 'member_top1')}
+
     for run in runs:
-        setting = {key: value for key, value in run.items() if key not in ('seed', 'members', 'member_top1')}
-        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
+        for group in groups:
+            seeds = [other['seed'] for other in group]
+            if setting(group[0]) == setting(run) and None not in (*seeds, run['seed']) and run['seed'] not in seeds:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
     averaged = []
-    for group in groups.values():
-        seeds = sorted({run['seed'] for run in group if run['seed'] is not None})
+    for group in groups:
         averaged.append({
             **group[0],
-            'seed': ', '.join(map(str, seeds)) or None,
+            'seed': ', '.join(str(run['seed']) for run in group if run['seed'] is not None) or None,
             'members': [
                 {key: fmean(row[key] for row in rows) for key in ('top1', 'logit_std', 'macs')}
                 | {'num_members': rows[0]['num_members']}
