@@ -238,6 +238,17 @@ def test_streams(options, values, message, monkeypatch):
         train(TrainConfig(**{**options, **values}))
 
 
+def test_starting_from_published_weights(options):
+    options.update(
+        model_kwargs={'nodes': [1, 1, 1, 2, 4]}, pretrained=True, epochs=1, lr=0., warmup_lr=0., max_train_images=8)
+    model = train(TrainConfig(**options)).model
+    assert model.num_classes == 3
+    published = timm.create_model('hne_resnet50_c8', pretrained=True).extract(4)
+    for block, expected in zip(model.blocks, published.blocks):
+        for weight, other in zip(block.parameters(), expected.parameters()):
+            assert torch.equal(weight, other)
+
+
 def test_checkpoints_know_the_names_of_the_classes(options):
     train(TrainConfig(**{**options, 'epochs': 1}))
     _, config = load_checkpoint(Path(options['output_dir'], 'last.pth.tar'))
@@ -459,7 +470,8 @@ def test_unknown_key_names_the_nearest(options):
     ({'clip_grad': 0.}, ValueError, 'clip_grad must be above 0'),
     ({'model_kwargs': {'num_classes': 3}}, ValueError, 'model_kwargs must not hold num_classes, use the key num_cl'),
     ({'model_kwargs': {'in_chans': 1}}, ValueError, 'model_kwargs must not hold in_chans, use the key in_chans'),
-    ({'model_kwargs': {'pretrained': True}}, ValueError, 'must not hold pretrained, use the key initial_checkpoint'),
+    ({'model_kwargs': {'pretrained': True}}, ValueError, 'must not hold pretrained, use the key pretrained'),
+    ({'pretrained': True, 'initial_checkpoint': 'a.pth'}, ValueError, "only one of pretrained and .*, got 'a.pth'"),
 ])
 def test_bad_values_are_named(values, error, message):
     with pytest.raises(error, match=message):

@@ -9,7 +9,7 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 
 from .ensemble import HierarchicalEnsemble
-from .hub import build_model
+from .hub import build_model, packaged
 from .layers import ConvNormAct, TreeBlock
 from .tree import validate_nodes
 
@@ -124,9 +124,12 @@ def _cfg(**kwargs):
     )
 
 
+_CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+
+# 'hcd' stands for hierarchical co-distillation, the objective.
 default_cfgs = generate_default_cfgs({
-    'hne_resnet50_c16.hcd_cifar10': _cfg(),
-    'hne_resnet50_c8.hcd_cifar10': _cfg(),
+    'hne_resnet50_c16.hcd_cifar10': _cfg(label_names=_CIFAR10),
+    'hne_resnet50_c8.hcd_cifar10': _cfg(file=packaged('hne_resnet50_c8.hcd_cifar10'), label_names=_CIFAR10),
 })
 
 

@@ -7,6 +7,7 @@ weights of this package, or the one that a repository or folder holds beside its
 import hashlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -82,6 +83,10 @@ def build_model(
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     except RuntimeError as error:
         raise RuntimeError(f'{error} {_available()}') from error
+    overlay = pretrained_cfg_overlay or {}
+    if any(key in overlay for key in ('file', 'hf_hub_id', 'state_dict')):
+        # Other weights than the tag's: its file must not come before them, nor its names of classes go with them.
+        cfg = replace(cfg, **{'file': None, 'label_names': None, **overlay})
     weights = _read_weights(cfg, cache_dir)
 
     def create(**model_kwargs) -> nn.Module:

@@ -70,7 +70,8 @@ class TrainConfig:
     # Model and objective
     model: str = 'hne_resnet50_c8'
     model_kwargs: dict = field(default_factory=dict)  # arguments of the model, such as nodes: [1, 1, 1, 16, 16]
-    initial_checkpoint: str = ''  # weights to start from
+    pretrained: bool = False  # start from the published weights of the model, fitted to classes, channels and nodes
+    initial_checkpoint: str = ''  # start from these weights instead
     objective: str = 'hierarchical_codistillation'
     alpha: float = 0.5  # weight of the distillation term
     temperature: float = 2.
@@ -131,8 +132,10 @@ class TrainConfig:
             raise ValueError(f'scale must be two numbers, the smaller first, got {self.scale}.')
         for name in ('num_classes', 'in_chans', 'pretrained'):
             if name in self.model_kwargs:
-                key = 'initial_checkpoint' if name == 'pretrained' else name
-                raise ValueError(f'model_kwargs must not hold {name}, use the key {key}.')
+                raise ValueError(f'model_kwargs must not hold {name}, use the key {name}.')
+        if self.pretrained and self.initial_checkpoint:
+            raise ValueError(
+                f'only one of pretrained and initial_checkpoint may be given, got {self.initial_checkpoint!r}.')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f'batch_size must be even for mixup and cutmix, got {self.batch_size}.')
 

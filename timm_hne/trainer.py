@@ -406,6 +406,7 @@ def _create_model(config: TrainConfig, num_classes: int) -> tuple[HierarchicalEn
         overlay['input_size'] = (config.in_chans, config.img_size, config.img_size)
     model = create_model(
         config.model,
+        pretrained=config.pretrained,
         num_classes=num_classes,
         in_chans=config.in_chans,
         pretrained_cfg_overlay=overlay,

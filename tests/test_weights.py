@@ -1,0 +1,122 @@
+"""The packaged weights are those that were measured, and need no network.
+
+    python tests/test_weights.py         # stores the logits of new weights, for review and commit
+    CIFAR10_DIR=... python -m pytest tests/test_weights.py      # measures the accuracies again, on test/CLASS images
+"""
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+
+import timm_hne  # noqa: F401, registers the models
+from timm_hne.__main__ import main
+from timm_hne.files import write_text
+from timm_hne.hub import PACKAGED, digest, read_digests
+
+NAMES = timm.list_models('hne_*', pretrained=True)
+LOGITS = Path(__file__).parent / 'logits'
+CARDS = Path(__file__).parents[1] / 'hub_cards'
+CIFAR10 = os.environ.get('CIFAR10_DIR')
+
+
+def generated_images(model):
+    """Four images that are the same on every machine: waves of growing frequency."""
+    channels, height, width = model.pretrained_cfg['input_size']
+    sizes = (torch.arange(size, dtype=torch.float64) for size in (channels, height, width))
+    c, y, x = torch.meshgrid(*sizes, indexing='ij')
+    return torch.stack([torch.sin((k * y + x + c) / 4) * torch.cos(x * k / 9 - c) for k in range(1, 5)]).float()
+
+
+@torch.no_grad()
+def logits_of(name):
+    """Return the logits (n, image, class) of the first n = 1..N members."""
+    model = timm.create_model(name, pretrained=True).eval()
+    images = generated_images(model)
+    return torch.stack([model(images, num_members=n) for n in range(1, model.ensemble_size + 1)])
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args):
+        raise AssertionError('the network was used')
+
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+
+
+def test_everything_that_is_packaged_has_a_tag_and_a_card():
+    files = {path.stem for path in PACKAGED.glob('*.safetensors')}
+    assert files == set(NAMES) == {path.parent.name for path in CARDS.glob('*/README.md')}
+    assert 'hne_resnet50_c8.hcd_cifar10' in NAMES
+    recorded = read_digests(PACKAGED / 'SHA256SUMS')
+    assert recorded == {path.name: digest(path.read_bytes()) for path in PACKAGED.glob('*.safetensors')}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_logits_are_those_that_were_stored(name, no_network):
+    """Looser than rounding in float32 differs between machines, tighter than any change of a weight shows."""
+    stored = torch.tensor(json.loads((LOGITS / f'{name}.json').read_text()))
+    torch.testing.assert_close(logits_of(name), stored, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_architecture_alone_means_its_first_tag(name, no_network):
+    architecture, _, tag = name.partition('.')
+    model = timm.create_model(architecture, pretrained=True)
+    assert model.pretrained_cfg['tag'] == tag == get_pretrained_cfg(architecture).tag
+    assert len(model.pretrained_cfg['label_names']) == model.num_classes
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.float32
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_weights_adapt_as_timms_do(name, no_network):
+    model = timm.create_model(name, pretrained=True).eval()
+    images = generated_images(model)
+    with torch.no_grad():
+        other = timm.create_model(name, pretrained=True, num_classes=3, in_chans=1).eval()
+        assert other(images[:, :1]).shape == (4, 3)
+        part = timm.create_model(name, pretrained=True, nodes=model.extract(4).nodes).eval()
+        torch.testing.assert_close(part(images), model(images, num_members=4))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_other_weights_have_no_names_of_these_classes(name, tmp_path, no_network):
+    path = tmp_path / 'other.safetensors'
+    shutil.copy(PACKAGED / f'{name}.safetensors', path)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    assert not model.pretrained_cfg.get('label_names')
+    path.write_bytes(b'')
+    with pytest.raises(ValueError, match=r'other\.safetensors are not a valid safetensors file'):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_weights_are_small(name):
+    limit = {'hne_resnet50_c8': 3e6, 'hne_resnet50_c16': 12e6}[name.partition('.')[0]]
+    assert (PACKAGED / f'{name}.safetensors').stat().st_size < limit
+
+
+@pytest.mark.skipif(not CIFAR10, reason='CIFAR10_DIR does not name a folder with the images of CIFAR-10')
+@pytest.mark.parametrize('name', NAMES)
+def test_stated_accuracies(name, tmp_path, no_network):
+    main(['eval', name, '--data-dir', CIFAR10, '--split', 'test', '--output', str(tmp_path / 'again.json')])
+    again = json.loads((tmp_path / 'again.json').read_text())
+    stated = json.loads((CARDS / name / 'evaluation.json').read_text())
+    assert again['num_images'] == stated['num_images'] == 10_000
+    for row, stated_row in zip(again['members'], stated['members'], strict=True):
+        assert row['top1'] == pytest.approx(stated_row['top1'], abs=0.1)
+        assert row['macs'] == stated_row['macs']
+
+
+if __name__ == '__main__':
+    for name in NAMES:
+        rounded = [[[round(x, 4) for x in image] for image in n] for n in logits_of(name).tolist()]
+        rows = ',\n'.join(json.dumps(n) for n in rounded)
+        write_text(LOGITS / f'{name}.json', f'[\n{rows}\n]\n')
