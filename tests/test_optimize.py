@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -279,11 +280,58 @@ def test_a_later_failure_of_the_compiler_is_survived_too(monkeypatch):
     monkeypatch.setattr(optimize, '_compile', compile)
     fast = optimize_for_inference(model)
     assert_like(fast(images()), model(images()))
-    for _ in range(2):
+    for expected in (1, 0):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             assert_like(fast(images(size=16)), model(images(size=16)))
-    assert not caught and not fast.compile_programs
+        assert sum('cannot compile this' in str(warning.message) for warning in caught) == expected
+    assert not fast.compile_programs
+
+
+def test_a_lack_of_memory_is_not_a_lack_of_a_compiler(monkeypatch):
+    model, attempts = small_resnet(), []
+
+    def compile(function, frontier):
+        def program(x):
+            attempts.append(1)
+            if len(attempts) == 2:
+                raise torch.OutOfMemoryError('no memory left')
+            return function(x)
+        return program
+
+    monkeypatch.setattr(optimize, '_compile', compile)
+    fast = optimize_for_inference(model, images())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with pytest.raises(torch.OutOfMemoryError):
+            fast(images())
+        assert_like(fast(images()), model(images()))
+    assert len(attempts) == 3 and fast.compile_programs
+
+
+def test_a_program_runs_while_another_is_made(monkeypatch):
+    model, making, finish = small_resnet(), threading.Event(), threading.Event()
+
+    monkeypatch.setattr(optimize, '_compile', lambda function, frontier: function)
+    fast = optimize_for_inference(model)
+    fast(images(), 1)
+
+    def slowly(function, frontier):
+        making.set()
+        assert finish.wait(60)
+        return function
+
+    monkeypatch.setattr(optimize, '_compile', slowly)
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(fast, images(), 4)
+        assert making.wait(60)
+        quick = pool.submit(fast, images(), 1)
+        try:
+            assert_like(quick.result(30), model(images(), num_members=1))
+            assert not slow.done()
+        finally:
+            finish.set()
+        assert_like(slow.result(60), model(images(), num_members=4))
 
 
 def test_first_calls_from_many_threads_measure_and_build_once(monkeypatch):

@@ -374,6 +374,13 @@ def test_command(alice, model, run_folder, capsys):
     assert 'label_names' not in config
 
 
+def test_numbers_of_the_evaluation_stay_numbers(alice, model, run_folder):
+    results = {**results_of(model), 'recipe': {'lr': 1e-05}}
+    (run_folder / 'evaluation.json').write_text(json.dumps(results))
+    command(run_folder / 'last.pth.tar', '--repo-id', 'alice/net', '--dry-run')
+    assert json.loads(Path('net/evaluation.json').read_text()) == results
+
+
 def test_command_knows_the_classes_of_the_training_data(alice, model, run_folder):
     save_checkpoint(run_folder / 'last.pth.tar', model, label_names=list('abcdefghij'))
     path = run_folder / 'last.pth.tar'

@@ -200,6 +200,17 @@ def test_broken_weights_are_not_saved(options, monkeypatch):
     assert [row['epoch'] for row in train(TrainConfig(**options, resume=True)).history] == [1, 2]
 
 
+def test_a_run_that_is_older_than_a_key_goes_on(options):
+    train(TrainConfig(**{**options, 'epochs': 1}))
+    for path in Path(options['output_dir']).glob('*.pth.tar'):
+        checkpoint = torch.load(path, weights_only=False)
+        vars(checkpoint['args']).pop('pretrained', None)
+        torch.save(checkpoint, path)
+    assert not train(TrainConfig(**{**options, 'epochs': 1}, resume=True)).history
+    with pytest.raises(ValueError, match='pretrained was False and is True'):
+        train(TrainConfig(**{**options, 'epochs': 1, 'pretrained': True}, resume=True))
+
+
 def test_other_classes_under_the_same_numbers(options, tmp_path):
     train(TrainConfig(**{**options, 'epochs': 1}))
     other = make_images(tmp_path / 'other')

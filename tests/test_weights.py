@@ -82,6 +82,11 @@ def test_weights_adapt_as_timms_do(name, no_network):
     with torch.no_grad():
         other = timm.create_model(name, pretrained=True, num_classes=3, in_chans=1).eval()
         assert other(images[:, :1]).shape == (4, 3)
+        overlay = dict(input_size=(1, 28, 28), mean=(0.5,), std=(0.5,))
+        grey = timm.create_model(name, pretrained=True, in_chans=1, pretrained_cfg_overlay=overlay).eval()
+        torch.testing.assert_close(grey(images[:, :1]), timm.create_model(
+            name, pretrained=True, in_chans=1).eval()(images[:, :1]))
+        assert grey.pretrained_cfg['input_size'] == (1, 28, 28)
         part = timm.create_model(name, pretrained=True, nodes=model.extract(4).nodes).eval()
         torch.testing.assert_close(part(images), model(images, num_members=4))
 

@@ -2,6 +2,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from timm.models import load_state_dict
 from timm.utils import load_checkpoint_metadata
 
 from .ensemble import HierarchicalEnsemble
+from .recipe import TrainConfig
 
 __all__ = ['check_same_run', 'create_ensemble', 'find_checkpoint', 'load_checkpoint', 'load_weights', 'recipe_of']
 
@@ -86,7 +88,7 @@ def check_same_run(checkpoint: Path, config: Mapping[str, Any], label_names: lis
     args = load_checkpoint_metadata(str(checkpoint)).get('args')
     if args is None:
         raise ValueError(f'the run in {checkpoint.parent} cannot be continued, its checkpoint has no recipe.')
-    before = vars(args)
+    before = {**asdict(TrainConfig()), **vars(args)}  # a key that is newer than the run had its default
     changed = [
         f'{name} was {before.get(name)!r} and is {value!r}'
         for name, value in config.items() if name not in _FREE_KEYS and before.get(name) != value

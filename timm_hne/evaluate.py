@@ -97,7 +97,7 @@ def _open_images(
         root: str | None,
         split: str,
         model: HierarchicalEnsemble,
-        label_names: list[str] | None,
+        label_names: Sequence[str] | None,
 ) -> Dataset:
     dataset = open_dataset(name, root, split, model.in_chans)
     names = class_names_of(dataset)
@@ -105,7 +105,7 @@ def _open_images(
         raise ValueError(
             f'the model has {model.num_classes} classes, the split {split!r} of {name or root} has {len(names)}: '
             f'{", ".join(names[:10])}.')
-    if names and label_names and names != label_names:
+    if names and label_names and names != list(label_names):
         _logger.warning(
             f'the model was trained on classes named {", ".join(label_names[:10])}, those of the data are '
             f'{", ".join(names[:10])}: they count as the same, in this order.')
@@ -214,7 +214,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f'the model takes images of {model.in_chans} channels, but their mean and standard deviation are known '
             f'for {len(data_config["mean"])} only; its checkpoint does not hold them.')
-    dataset = _open_images(args.dataset, args.data_dir, args.split, model, config.get('label_names'))
+    label_names = config.get('label_names') if args.checkpoint else model.pretrained_cfg.get('label_names')
+    dataset = _open_images(args.dataset, args.data_dir, args.split, model, label_names)
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],

@@ -84,19 +84,25 @@ def build_model(
     except RuntimeError as error:
         raise RuntimeError(f'{error} {_available()}') from error
     overlay = pretrained_cfg_overlay or {}
-    if any(key in overlay for key in ('file', 'hf_hub_id', 'state_dict')):
+    if any(key in overlay for key in ('file', 'url', 'hf_hub_id', 'state_dict')):
         # Other weights than the tag's: its file must not come before them, nor its names of classes go with them.
         cfg = replace(cfg, **{'file': None, 'label_names': None, **overlay})
     weights = _read_weights(cfg, cache_dir)
+
+    stored = cfg
+    stem = weights.get(f'{cfg.first_conv}.weight')
+    if not cfg.source and stem is not None and stem.dim() == 4:
+        # The overlay may state other images than those of the weights.
+        stored = replace(cfg, input_size=(stem.shape[1], *cfg.input_size[1:]))
 
     def create(**model_kwargs) -> nn.Module:
         if cfg.source:
             _check_config(weights, cfg, kwargs.get('pretrained_model_args') or {}, model_cls, model_kwargs)
         model = model_cls(**model_kwargs)
         source = dict(
-            state_dict=fit_weights(weights, model, cfg),
+            state_dict=fit_weights(weights, model, stored),
             num_classes=cfg.num_classes,
-            input_size=cfg.input_size,
+            input_size=stored.input_size,
             first_conv=cfg.first_conv,
             classifier=CLASSIFIER,
         )

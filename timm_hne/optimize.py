@@ -172,7 +172,8 @@ class OptimizedEnsemble(nn.Module):
         self.output_dtype = output_dtype
         self.dtype = next(model.parameters()).dtype
         self.memory_format: torch.memory_format | None = None
-        self._programs: dict[tuple, Callable] = {}
+        # Per kind, first and last member, and whether for single images: the program, and whether it is compiled.
+        self._programs: dict[tuple, tuple[Callable, bool]] = {}
         self._lock = threading.RLock()
         super().train(False)
 
@@ -288,53 +289,61 @@ class OptimizedEnsemble(nn.Module):
     def _run(self, kind: str, start: int, stop: int, frontier: Frontier):
         some = next(features for features in frontier if features is not None)
         if start == 0:
-            with self._lock:
-                if self.memory_format is None:
-                    self._choose_layout(some)
+            if self.memory_format is None:
+                with self._lock:
+                    if self.memory_format is None:
+                        self._choose_layout(some)
             some = some.detach().to(self.dtype, memory_format=self.memory_format)
             frontier = (some, *frontier[1:])
         if some.shape[0] == 0:
             return self._body(kind, start, stop)(*frontier)
         key = (kind, start, stop, some.shape[0] == 1)
-        if key not in self._programs:
+        found = self._programs.get(key)
+        if found is None:
             with self._lock:
-                if key not in self._programs:
+                found = self._programs.get(key)
+                if found is None:
                     return self._build(key, frontier)
-        if not key[3]:
-            _mark_batch(frontier)
-        try:
-            return self._programs[key](*frontier)
-        except Exception as error:
-            return self._go_on_without(error, key, frontier)
+        program, compiled = found
+        return self._try(program, key, frontier) if compiled else program(*frontier)
 
     def _build(self, key: tuple, frontier: Frontier):
         """Measure the convolutions of a program, make it, and run it for the first time."""
-        program = self._body(*key[:3])
+        body = self._body(*key[:3])
         convs = [module for module in self.model.modules() if isinstance(module, FoldedConv)]
         for conv in convs:
             conv.measuring = True
         try:
-            result = program(*frontier)
+            result = body(*frontier)
         finally:
             for conv in convs:
                 conv.measuring = False
-        if self.compile_programs:
-            try:
-                if not key[3]:
-                    _mark_batch(frontier)
-                program = _compile(_with_own_code(program), frontier)
-                result = program(*frontier)
-            except Exception as error:
-                return self._go_on_without(error, key, frontier)
-        self._programs[key] = program
-        return result
+        if not self.compile_programs:
+            self._programs[key] = body, False
+            return result
 
-    def _go_on_without(self, error: Exception, key: tuple, frontier: Frontier):
-        """Run the body of a program that failed, from now on if it does not fail as well."""
+        def program(*frontier: Tensor | None):
+            compiled = _compile(_with_own_code(body), frontier)
+            result = compiled(*frontier)
+            self._programs[key] = compiled, True
+            return result
+
+        return self._try(program, key, frontier)
+
+    def _try(self, program: Callable, key: tuple, frontier: Frontier):
+        """Run a compiled program. If the compiler fails, now or with a later image size, go on without it."""
+        if not key[3]:
+            _mark_batch(frontier)
+        try:
+            return program(*frontier)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            message = str(error)
         body = self._body(*key[:3])
-        result = body(*frontier)
-        warnings.warn(f'Compilation is not available here, going on without: {error}', stacklevel=5)
-        self.compile_programs, self._programs[key] = False, body
+        result = body(*frontier)  # if it was not the compiler, this fails too
+        warnings.warn(f'Compilation is not available here, going on without: {message}', stacklevel=4)
+        self.compile_programs, self._programs[key] = False, (body, False)
         return result
 
     def _choose_layout(self, x: Tensor) -> None:
@@ -345,8 +354,9 @@ class OptimizedEnsemble(nn.Module):
             name: functools.partial(models[name], x.detach().to(self.dtype, memory_format=formats[name]), 1)
             for name in formats
         }, x.device)
-        self.memory_format = formats[min(seconds, key=seconds.get)]
-        self.model.to(memory_format=self.memory_format)
+        fastest = formats[min(seconds, key=seconds.get)]
+        self.model.to(memory_format=fastest)
+        self.memory_format = fastest  # last: other threads go ahead when they see it
 
 
 def _mark_batch(frontier: Frontier) -> None:

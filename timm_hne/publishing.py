@@ -362,6 +362,8 @@ def _read(given: str | None, default: Path) -> Any:
         return None
     path = Path(given or default)
     try:
-        return yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding='utf-8')
+        # YAML would take the number 1e-05 of a JSON file for a text.
+        return json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f'{path} is no YAML or JSON file: {error}') from error

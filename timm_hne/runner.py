@@ -70,8 +70,9 @@ class RunnerStats:
 class MemberPolicy:
     """Chooses the number of members of a batch from the state of the queue. No threads, no clock.
 
-    A number of members fits if the oldest request of the batch would be answered in time, and if at this pace so would
-    be the oldest of those that wait behind it, and one that arrives at the end of it. The largest that fits is taken.
+    A number of members fits if the oldest request of the batch would be answered in time, if at this pace so would be
+    the oldest of those behind it, and if all that wait or arrive during the batch would be done within the target from
+    now. The largest that fits is taken.
 
     Args:
         latency_target: Seconds within which a request is to be answered.
@@ -313,12 +314,12 @@ class AdaptiveRunner:
         return claimed
 
     def _drop_cancelled(self) -> None:
-        requests, self._queue = self._queue, deque()
-        for request in requests:
-            if not request[1].cancelled():
-                self._queue.append(request)
-            else:
-                self._claim(request[1])
+        kept, dropped = deque(), []
+        for request in self._queue:
+            (dropped if request[1].cancelled() else kept).append(request)
+        self._queue = kept
+        for request in dropped:
+            self._claim(request[1])
 
     def _forget_arrivals(self, now: float) -> None:
         while self._arrivals and self._arrivals[0] < now - self.policy.latency_target:

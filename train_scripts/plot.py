@@ -366,6 +366,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--no-paper', action='store_true', help="leave out the paper's published numbers")
     args = parser.parse_args(argv)
     suffixes = ('.md',) if args.what == 'table1' else ('.png', '.svg', '.pdf')
+    if args.missing and args.what != 'table1':
+        parser.error('--missing is for table1.')
     if args.output is None and args.what != 'table1':
         parser.error('--output is needed for a figure.')
     if args.output is not None and args.output.suffix not in suffixes:
