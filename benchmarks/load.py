@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument('--target-ms', type=float, default=250.)
     parser.add_argument('--seconds', type=float, nargs=3, default=[6., 8., 6.], help='of the calm, the surge, the calm')
     parser.add_argument('--calm', type=float, default=0.3, help='rate in the calm over the throughput of n = N')
-    parser.add_argument('--surge', type=float, default=0.45, help='rate in the surge over the throughput of n = 1')
+    parser.add_argument('--surge', type=float, default=0.25, help='rate in the surge over the throughput of n = 1')
     parser.add_argument('--no-compile', action='store_true')
     parser.add_argument('--output', type=Path, default=Path('output/load'))
     args = parser.parse_args()

@@ -1,4 +1,5 @@
 """The adaptive runner: its policy in simulated time, and the exactly-once promise with a model that obeys the test."""
+import gc
 import importlib
 import random
 import statistics
@@ -193,6 +194,14 @@ def test_a_cancelled_request_leaves_its_place_to_others(gate, runner):
     runner.shutdown()
     assert (runner.stats.answered, runner.stats.cancelled, runner.stats.rejected) == (7, 2, 1)
     assert_consistent(runner.stats)
+
+
+def test_garbage_collection_passes_over_what_was_there_before(gate):
+    gc.unfreeze()
+    with AdaptiveRunner(gate, 1.) as runner:
+        assert gc.get_freeze_count() > 1000
+        runner.submit(image(0)).result(TIMEOUT)
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_clock_that_stands_still(gate, monkeypatch):

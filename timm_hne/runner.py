@@ -1,4 +1,5 @@
 """Serving under load: requests from many threads, batches, and as many members as the queue leaves time for."""
+import gc
 import itertools
 import logging
 import numbers
@@ -138,6 +139,8 @@ class AdaptiveRunner:
     by how recent batches compared. A full queue rejects at once. Every request made is answered, failed with the
     model's exception, cancelled by its client, or rejected, exactly once.
 
+    While it runs, Python's garbage collector leaves alone what there was after the warm-up (`gc.freeze`).
+
     Args:
         model: Any `hne_*` model in evaluation mode, or better what `optimize_for_inference` returned.
         latency_target: Seconds from `submit` to the answer that at most few requests should exceed.
@@ -198,6 +201,9 @@ class AdaptiveRunner:
         self.max_queue = max_queue
         self.stats = RunnerStats()
         self.policy = MemberPolicy(latency_target, self._measure(warmup_repeats))
+        # The compiler leaves so many objects that a full garbage collection stops all threads for most of a second.
+        gc.collect()
+        gc.freeze()
         # Requests as (image, future, time of arrival).
         self._queue: deque[tuple[torch.Tensor, Future, float]] = deque()
         self._arrivals: deque[float] = deque()
@@ -351,6 +357,7 @@ class AdaptiveRunner:
         finally:
             # Should anything unforeseen end the loop, nobody may wait for an answer that will not come.
             self.shutdown(drain=False, wait=False)
+            gc.unfreeze()
 
     def _answer(self, requests: list[tuple[torch.Tensor, Future, float]], load: dict[str, float]) -> None:
         images, futures, arrivals = zip(*requests)
