@@ -27,7 +27,7 @@ from timm_hne.hne_resnet import HNEResNet
 NAME = 'hne_resnet50_c8'
 NODES = (1, 1, 2, 2, 4)
 CLASSES = 6
-KEYS = ['model', 'nodes', 'data', 'split', 'num_images', 'objective', 'alpha', 'epochs', 'seed', 'members',
+KEYS = ['model', 'nodes', 'data', 'split', 'num_images', 'objective', 'alpha', 'epochs', 'seed', 'recipe', 'members',
         'member_top1']
 
 
@@ -304,7 +304,8 @@ def test_hub_model(tmp_path, hub, folder, model):
         main(['eval', *source, '--data-dir', str(folder), '--split', 'test', '--img-size', '8', '--workers', '0',
               '--output', str(output)])
         results.append(json.loads(output.read_text()))
-    assert results[0] == {**results[1], 'epochs': None}
+    assert results[1]['recipe'] == {'model': NAME, 'epochs': 5}
+    assert results[0] == {**results[1], 'epochs': None, 'recipe': {}}
 
 
 def test_a_model_of_timm_is_refused_before_anything_is_fetched(capsys, monkeypatch):
