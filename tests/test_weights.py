@@ -111,9 +111,9 @@ def test_weights_are_small(name):
 @pytest.mark.skipif(not CIFAR10, reason='CIFAR10_DIR does not name a folder with the images of CIFAR-10')
 @pytest.mark.parametrize('name', NAMES)
 def test_stated_accuracies(name, tmp_path, no_network):
-    main([
-        'eval', name, '--data-dir', CIFAR10, '--split', 'test', '--workers', '0', '--output', str(tmp_path / 'again.json')])
-    again = json.loads((tmp_path / 'again.json').read_text())
+    output = tmp_path / 'again.json'
+    main(['eval', name, '--data-dir', CIFAR10, '--split', 'test', '--workers', '0', '--output', str(output)])
+    again = json.loads(output.read_text())
     stated = json.loads((CARDS / name / 'evaluation.json').read_text())
     assert again['num_images'] == stated['num_images'] == 10_000
     for row, stated_row in zip(again['members'], stated['members'], strict=True):
