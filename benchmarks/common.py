@@ -13,6 +13,7 @@ import timm
 import torch
 
 from timm_hne import HierarchicalEnsemble
+from timm_hne.budget import processor
 from timm_hne.data import DigitsDataset, ImageSubset, MemoryLoader, load_into_memory, open_dataset
 from timm_hne.demo import IMG_SIZE, MEAN, MODEL, STD
 from timm_hne.files import write_text
@@ -72,13 +73,8 @@ def paired_medians(callables: dict[str, Callable[[], Any]], repeats: int, warmup
 
 def machine() -> dict[str, Any]:
     """Describe the processor, the threads in use and the versions of what computes."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path('/proc/cpuinfo')
-    if cpuinfo.exists():
-        models = [line.split(':', 1)[1].strip() for line in cpuinfo.read_text().splitlines() if 'model name' in line]
-        cpu = models[0] if models else cpu
     description = {
-        'cpu': cpu,
+        'cpu': processor(),
         'instructions': torch.backends.cpu.get_cpu_capability(),
         'cores': os.cpu_count(),
         'threads': torch.get_num_threads(),

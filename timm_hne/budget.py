@@ -23,20 +23,24 @@ from .optimize import OptimizedEnsemble, optimize_for_inference
 from .version import __version__
 
 
+def processor() -> str:
+    """Name the processor."""
+    name, cpuinfo = platform.processor() or platform.machine(), Path('/proc/cpuinfo')
+    if not cpuinfo.exists():
+        return name
+    lines = (line.split(':', 1) for line in cpuinfo.read_text().splitlines() if ':' in line)
+    facts = {key.strip(): value.strip() for key, value in lines}
+    # Arm processors have no name there, but numbers.
+    codes = [facts[key] for key in ('CPU implementer', 'CPU part') if key in facts]
+    return facts.get('model name') or ' '.join([name, *codes])
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Describe what latencies depend on: the hardware and the versions."""
     if device.type == 'cuda':
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = platform.processor() or platform.machine()
-        cpuinfo = Path('/proc/cpuinfo')
-        if cpuinfo.exists():
-            # Arm processors have no name there, but numbers.
-            lines = (line.split(':', 1) for line in cpuinfo.read_text().splitlines() if ':' in line)
-            facts = {key.strip(): value.strip() for key, value in lines}
-            names = [facts[key] for key in ('model name', 'CPU implementer', 'CPU part') if key in facts]
-            hardware = ' '.join([hardware, *names]) if 'model name' not in facts else names[0]
-        hardware += f', {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
+        hardware = f'{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
     return {'device': device.type, 'hardware': hardware, 'torch': torch.__version__, 'timm_hne': __version__}
 
 

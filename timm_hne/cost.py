@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import timm
 import torch
 
+from .checkpoints import create_ensemble
 from .ensemble import HierarchicalEnsemble
 from .tree import node_span, prefixes
 
@@ -139,9 +139,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the cost table of a model."""
     kwargs = {'num_classes': args.num_classes, 'nodes': args.nodes}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    model = timm.create_model(args.name, device='meta', **kwargs)
-    if not isinstance(model, HierarchicalEnsemble):
-        raise ValueError(f'name must be one of {timm.list_models("hne_*")}, got {args.name!r}.')
+    model = create_ensemble(args.name, device='meta', **kwargs)
     img_size = model.pretrained_cfg['input_size'][1:] if args.img_size is None else args.img_size
     if not 1 <= len(img_size) <= 2 or min(img_size) < 1:
         raise ValueError(f'img_size must be one or two positive numbers of pixels, got {img_size}.')

@@ -13,8 +13,7 @@ __all__ = ['TrainConfig']
 # Keys, what their values must be, and the test of each number. A key without a value is always in range.
 _RANGES = (
     (
-        ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'max_train_images', 'num_classes', 'img_size',
-         'in_chans'),
+        ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'max_train_images', 'num_classes', 'img_size'),
         'at least 1', lambda x: x >= 1,
     ),
     (('num_workers', 'crop_padding', 'seed'), 'at least 0', lambda x: x >= 0),
