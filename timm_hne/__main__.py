@@ -1,51 +1,5 @@
-"""The command line: `timm-hne COMMAND`, or `python -m timm_hne COMMAND`."""
-import argparse
-import importlib
-import sys
-
-from .version import __version__
-
-# Command: (module that implements it with `add_arguments(parser)` and `run(args)`, help).
-COMMANDS = {
-    'demo': ('demo', 'train a small ensemble on real handwritten digits and show what it can do'),
-    'cost': ('cost', 'print what n members cost in MACs and parameters'),
-    'run': ('training', "run one of timm's scripts with the hne_* models and their loss"),
-    'eval': ('evaluate', 'measure accuracy, diversity and calibration for every number of members'),
-    'predict': ('predict', 'print the labels of image files, at a cost of your choice'),
-    'bench': ('budget', 'measure the latency of every number of members on this machine'),
-    'export': ('export', 'write one ONNX or torch.export program per number of members'),
-    'publish': ('publishing', 'publish a checkpoint on the Hugging Face Hub'),
-}
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run a command.
-
-    Args:
-        argv: Arguments after the program's name; those of the process if None.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog='timm-hne', description='Hierarchical Neural Ensembles for timm.')
-    parser.add_argument('--version', action='version', version=f'timm-hne {__version__}')
-    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        # Only the module of the command at hand is imported: some need optional packages.
-        if argv and argv[0] == name:
-            module = importlib.import_module(f'timm_hne.{module}')
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except ImportError as error:
-        extras = "pip install 'timm-hne[demo,plots,export]'"
-        parser.exit(1, f'timm-hne {args.command}: {error}. Optional packages come with {extras}.\n')
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        parser.exit(1, f'timm-hne {args.command}: {error}\n')
-    except KeyboardInterrupt:
-        parser.exit(130, f'\ntimm-hne {args.command}: interrupted\n')
-
+"""`python -m timm_hne COMMAND`."""
+from .cli import main
 
 if __name__ == '__main__':
     main()

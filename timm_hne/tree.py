@@ -12,6 +12,8 @@ are neighbours, so the members that descend from one node are neighbours too: me
 """
 from collections.abc import Sequence
 
+from .checks import check_integer
+
 
 def validate_nodes(nodes: Sequence[int], num_blocks: int | None = None) -> tuple[int, ...]:
     """Check a sharing scheme and return it as a tuple.
@@ -47,13 +49,7 @@ def validate_num_members(num_members: int, ensemble_size: int) -> int:
         TypeError: `num_members` is not an integer.
         ValueError: `num_members` is outside 1..`ensemble_size`.
     """
-    if isinstance(num_members, bool) or not isinstance(num_members, int):
-        raise TypeError(
-            f'num_members must be an integer from 1 to {ensemble_size}, '
-            f'got {num_members!r} of type {type(num_members).__name__}.')
-    if not 1 <= num_members <= ensemble_size:
-        raise ValueError(f'num_members must be from 1 to {ensemble_size}, got {num_members}.')
-    return num_members
+    return check_integer('num_members', num_members, 1, ensemble_size)
 
 
 def prefixes(ensemble_size: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Evaluate an ensemble for every number of members: `timm-hne eval` as a script."""
 import sys
 
-from timm_hne.__main__ import main
+from timm_hne.cli import main
 
 if __name__ == '__main__':
     main(['eval', *sys.argv[1:]])

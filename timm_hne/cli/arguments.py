@@ -1,0 +1,43 @@
+"""Arguments that several commands share."""
+import argparse
+
+from ..checks import check_integer
+from ..models.ensemble import HierarchicalEnsemble
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, in_chans: bool = False) -> None:
+    """Add the name of a model and the arguments that it is built with."""
+    parser.add_argument('name', help='a registered model, e.g. hne_resnet50_c16')
+    parser.add_argument('--base', metavar='NAME', help='timm model whose stages hne_from_timm is made of')
+    parser.add_argument('--num-classes', type=int)
+    parser.add_argument('--nodes', type=int, nargs='+', help='nodes of each block, for another tree')
+    if in_chans:
+        parser.add_argument('--in-chans', type=int)
+    add_img_size(parser)
+
+
+def model_kwargs(args: argparse.Namespace) -> dict:
+    """Return the arguments of the model that were given."""
+    given = {name: getattr(args, name, None) for name in ('base', 'num_classes', 'nodes', 'in_chans')}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_img_size(parser: argparse.ArgumentParser, default: str = "the model's own") -> None:
+    """Add `--img-size`; `default` says what holds without it."""
+    parser.add_argument(
+        '--img-size', type=int, nargs='+', metavar='PIXELS',
+        help=f'height and width of the images, or one number for both (default: {default})')
+
+
+def input_size(args: argparse.Namespace, model: HierarchicalEnsemble) -> tuple[int, int, int]:
+    """Return the channels, height and width of images: those of `--img-size`, or the model's own.
+
+    Raises:
+        ValueError: `--img-size` is not one or two positive numbers.
+    """
+    sizes = model.pretrained_cfg['input_size'][1:] if args.img_size is None else args.img_size
+    if len(sizes) > 2:
+        raise ValueError(f'img_size must be one or two numbers of pixels, got {sizes}.')
+    for size in sizes:
+        check_integer('img_size', size, 1)
+    return model.in_chans, sizes[0], sizes[-1]

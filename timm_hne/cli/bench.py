@@ -1,0 +1,45 @@
+"""`timm-hne bench`: the latency of every number of members on this machine."""
+import argparse
+from pathlib import Path
+
+import torch
+from timm.models import safe_model_name
+
+from ..inference.latency import LatencyTable
+from ..inference.optimize import optimize_for_inference
+from ..models.create import create_ensemble
+from ..process import keep_freed_memory
+from .arguments import add_model_arguments, input_size, model_kwargs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument('--num-members', type=int, nargs='+', help='numbers of members; 1, 2, 4, ..., N by default')
+    parser.add_argument('--batch-size', type=int, nargs='+', default=[1, 32])
+    parser.add_argument('--repeats', type=int, default=15)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32')
+    parser.add_argument('--mode', choices=['compiled', 'folded', 'original'], default='compiled',
+                        help='optimised and compiled; optimised only; or the model as it is')
+    parser.add_argument('--output', metavar='PATH', help='NAME-latency.json by default')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure a latency table, print it and save it."""
+    model = create_ensemble(args.name, **model_kwargs(args)).eval()
+    image_size = input_size(args, model)
+    dtype = getattr(torch, args.dtype)
+    model = model.to(args.device)
+    if torch.device(args.device).type == 'cpu':
+        keep_freed_memory()
+    if args.mode == 'original':
+        model = model.to(dtype)
+    else:
+        model = optimize_for_inference(model, compile=args.mode == 'compiled', dtype=dtype)
+    output = Path(args.output or f'{safe_model_name(args.name)}-latency.json')
+    output.parent.mkdir(parents=True, exist_ok=True)
+    table = LatencyTable.measure(
+        model, image_size, args.batch_size, num_members=args.num_members, repeats=args.repeats)
+    print(table)
+    table.save(output)
+    print(f'saved to {output}')

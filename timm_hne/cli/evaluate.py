@@ -1,0 +1,142 @@
+"""`timm-hne eval`: what the ensembles of the first n members are worth, on a data set."""
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from timm.data import create_loader, resolve_data_config
+from torch.utils.data import Dataset, IterableDataset
+
+from ..evaluation.evaluate import evaluate, to_markdown
+from ..files import write_text
+from ..models.create import create_ensemble
+from ..models.ensemble import HierarchicalEnsemble
+from ..pretrained import state_digest
+from ..process import keep_freed_memory
+from ..training.checkpoint import RunCheckpoint
+from ..training.datasets import ImageSubset, class_names_of, open_dataset
+from .arguments import add_img_size, input_size
+
+_logger = logging.getLogger(__name__)
+
+
+def _open_images(
+        name: str,
+        root: str | None,
+        split: str,
+        model: HierarchicalEnsemble,
+        label_names: Sequence[str] | None,
+) -> Dataset:
+    dataset = open_dataset(name, root, split, model.in_chans)
+    names = class_names_of(dataset)
+    if names and len(names) != model.num_classes:
+        raise ValueError(
+            f'the model has {model.num_classes} classes, the split {split!r} of {name or root} has {len(names)}: '
+            f'{", ".join(names[:10])}.')
+    if names and label_names and names != list(label_names):
+        _logger.warning(
+            f'the model was trained on classes named {", ".join(label_names[:10])}, those of the data are '
+            f'{", ".join(names[:10])}: they count as the same, in this order.')
+    return dataset if isinstance(dataset, IterableDataset) else ImageSubset(dataset, None, 'error', training=False)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `timm-hne eval`."""
+    parser.add_argument(
+        'model', nargs='?',
+        help='a registered model (its pretrained weights are used unless there is a checkpoint) or a Hub model '
+             '(hf-hub:user/name); the one in the checkpoint if left out')
+    parser.add_argument('--checkpoint', metavar='PATH', help="a checkpoint of this package's or timm's training")
+    parser.add_argument('--data-dir', metavar='DIR', help='folder of the data')
+    parser.add_argument(
+        '--dataset', default='', metavar='NAME',
+        help="timm's name of a data set, e.g. torch/cifar10, or digits (default: an image folder)")
+    parser.add_argument(
+        '--data-name', metavar='NAME',
+        help="name of the data in the results, by which plot.py finds the paper's: cifar10 or cifar100 (default: the "
+             'name of the data set, or of the folder)')
+    parser.add_argument('--split', default='validation', help='split of the data set (default: %(default)s)')
+    add_img_size(parser, 'as trained')
+    parser.add_argument('--batch-size', type=int, default=256)
+    parser.add_argument('--workers', type=int, default=2, help='processes that load images')
+    parser.add_argument('--amp', action='store_true', help='mixed precision with bfloat16')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument(
+        '--output', metavar='PATH.json', type=Path,
+        help='write the results there, and as Markdown to PATH.md beside it')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate a model as the command line says.
+
+    Raises:
+        OSError: The data or the checkpoint is missing or unreadable.
+        ValueError: An argument is wrong, or model, checkpoint and data do not fit each other.
+    """
+    if args.model is None and args.checkpoint is None:
+        raise ValueError('model or --checkpoint must be given.')
+    if args.batch_size < 1:
+        raise ValueError(f'batch_size must be positive, got {args.batch_size}.')
+    if args.output and args.output.suffix != '.json':
+        raise ValueError(f'output must end in .json, got {str(args.output)!r}.')
+    if args.checkpoint:
+        checkpoint = RunCheckpoint.read(args.checkpoint)
+        model = checkpoint.create_model(args.model)
+        config, recipe, data_args = checkpoint.config, checkpoint.recipe, checkpoint.data_config
+    else:
+        model, config, recipe, data_args = create_ensemble(args.model, pretrained=True), {}, {}, {}
+    device = torch.device(args.device)
+
+    # How images were prepared for the validation in training holds here too.
+    if args.img_size is not None:
+        data_args['input_size'] = input_size(args, model)
+    data_config = resolve_data_config({**data_args, 'in_chans': model.in_chans}, model=model)
+    if len(data_config['mean']) != model.in_chans:
+        raise ValueError(
+            f'the model takes images of {model.in_chans} channels, but their mean and standard deviation are known '
+            f'for {len(data_config["mean"])} only; its checkpoint does not hold them.')
+    label_names = config.get('label_names') if args.checkpoint else model.pretrained_cfg.get('label_names')
+    dataset = _open_images(args.dataset, args.data_dir, args.split, model, label_names)
+    loader = create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=args.batch_size,
+        use_prefetcher=False,
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        pin_memory=device.type == 'cuda',
+        persistent_workers=False,
+        device=device,
+    )
+    model = model.to(device, memory_format=torch.channels_last)
+    if device.type == 'cpu':
+        keep_freed_memory()
+    measured = evaluate(model, loader, torch.bfloat16 if args.amp else None, progress=True)
+
+    objective = config.get('objective') or config.get('hne_objective')
+    distilled = objective is not None and 'codistillation' in objective
+    result = {
+        'model': measured['model'],
+        'nodes': measured['nodes'],
+        'weights_sha256': state_digest(model.state_dict()),
+        'data': args.data_name or (args.dataset.rpartition('/')[2] or Path(args.data_dir).resolve().name).lower(),
+        'split': args.split,
+        'num_images': measured['num_images'],
+        'objective': objective,
+        'alpha': config.get('alpha', config.get('hne_alpha')) if distilled else None,
+        'epochs': config.get('epochs'),
+        'seed': config.get('seed'),
+        'recipe': {key: value for key, value in recipe.items() if key != 'seed'},
+        'members': measured['members'],
+        'member_top1': measured['member_top1'],
+    }
+    if args.output:
+        write_text(args.output, json.dumps(result, indent=1) + '\n')
+        write_text(args.output.with_suffix('.md'), to_markdown(result))
+    print(to_markdown(result), end='')

@@ -1,0 +1,56 @@
+"""`timm-hne train`: train an ensemble by a recipe.
+
+    timm-hne train --recipe cifar10_short.yaml --data-dir DATA --objective independent --epochs 3
+    torchrun --nproc-per-node 3 -m timm_hne train --recipe imagenet.yaml --data-dir DATA
+
+A recipe is a YAML file of keys, see timm_hne/training/recipe.py; each key is also an option here, which overrides the
+recipe.
+"""
+import argparse
+import logging
+from dataclasses import fields
+from typing import Any, get_args
+
+import yaml
+
+from ..training.recipe import TrainConfig, read_recipe
+from ..training.trainer import train
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is not YAML: {" ".join(str(error).split())}') from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `timm-hne train`: a recipe, and its keys."""
+    parser.add_argument('--recipe', default='', help='a YAML file, or the name of one in timm_hne/recipes')
+    for key in fields(TrainConfig):
+        option = '--' + key.name.replace('_', '-')
+        if key.type is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+        elif str in (key.type, *get_args(key.type)):
+            parser.add_argument(option, default=argparse.SUPPRESS)
+        else:
+            parser.add_argument(option, type=_read_value, default=argparse.SUPPRESS, metavar='YAML')
+
+
+def read_config(args: argparse.Namespace) -> TrainConfig:
+    """Merge the recipe and the options of the command line.
+
+    Raises:
+        OSError: There is no such recipe, or it cannot be read.
+        TypeError: A value has the wrong type.
+        ValueError: A recipe, a key or a value is wrong.
+    """
+    options = {key.name: getattr(args, key.name) for key in fields(TrainConfig) if hasattr(args, key.name)}
+    return TrainConfig.from_dict({**(read_recipe(args.recipe) if args.recipe else {}), **options})
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train."""
+    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    result = train(read_config(args), keep_memory=True)
+    print(f'checkpoint {result.checkpoint}, log {result.summary}')

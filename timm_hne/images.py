@@ -1,0 +1,72 @@
+"""Opening image files and converting them, for training, evaluation and prediction alike."""
+from contextlib import suppress
+from os import PathLike
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_model_data_config
+
+__all__ = ['UNREADABLE', 'convert_image', 'load_image', 'open_image']
+
+# What Pillow's decoders raise on broken files, and `convert_image` on images that nothing says how to show.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def convert_image(image: Image.Image, mode: str) -> Image.Image:
+    """Turn an image upright, as its EXIF data say, and convert it to 8 bits a channel.
+
+    Of 16 bits the upper 8 are kept. Pillow's own `convert` would make all above 255 white.
+
+    Args:
+        image: Any image of Pillow's.
+        mode: 'L' for grey, 'RGB' for colours.
+
+    Raises:
+        OSError: The file of the image is damaged.
+        ValueError: The image has 32-bit integers or floating-point numbers, and nothing says which of them is white.
+    """
+    image.load()
+    with suppress(Exception):  # damaged EXIF data, of which there are many, count as none
+        ImageOps.exif_transpose(image, in_place=True)
+    # Pillow before 11.2 reads 16-bit PNG files into 32-bit integers.
+    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG'):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ('I', 'F'):
+        raise ValueError(f'it has the mode {image.mode}, and nothing says which of its values is white')
+    return image.convert(mode)
+
+
+def open_image(file: str | PathLike | BinaryIO, mode: str) -> Image.Image:
+    """Read an image file and convert it as `convert_image` does.
+
+    Raises:
+        OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError: It cannot be read, see `UNREADABLE`.
+    """
+    with Image.open(file) as image:
+        return convert_image(image, mode)
+
+
+def load_image(path: str | PathLike, model: nn.Module) -> torch.Tensor:
+    """Read an image, turn it upright, and prepare it as the configuration of a model says.
+
+    Args:
+        path: File in any format that Pillow reads, with 8 or 16 bits a channel.
+        model: Model that timm's `create_model` has built.
+
+    Returns:
+        Normalised image (1, C, H, W).
+
+    Raises:
+        OSError: The file is missing, or no image.
+        TypeError: The model does not tell how many channels its images have.
+    """
+    if not hasattr(model, 'in_chans'):
+        raise TypeError(f'model must be an hne_* model made by timm.create_model, got {type(model).__name__}.')
+    try:
+        image = open_image(path, 'L' if model.in_chans == 1 else 'RGB')
+    except UNREADABLE as error:
+        raise OSError(f'image {path} cannot be read: {error}') from error
+    return create_transform(**resolve_model_data_config(model))(image).unsqueeze(0)

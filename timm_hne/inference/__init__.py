@@ -1,0 +1,26 @@
+"""Adaptive inference: anytime, early exit, latency budgets, fast models, a runner for requests, export."""
+from ..models.anytime import anytime
+from .early_exit import CRITERIA, EarlyExit, ExitPoint, calibrate_threshold, early_exit, exit_curve, exit_scores
+from .export import export
+from .latency import LatencyTable
+from .optimize import OptimizedEnsemble, optimize_for_inference
+from .runner import AdaptiveRunner, Answer, Overloaded, ShutDown
+
+__all__ = [
+    'CRITERIA',
+    'AdaptiveRunner',
+    'Answer',
+    'EarlyExit',
+    'ExitPoint',
+    'LatencyTable',
+    'OptimizedEnsemble',
+    'Overloaded',
+    'ShutDown',
+    'anytime',
+    'calibrate_threshold',
+    'early_exit',
+    'exit_curve',
+    'exit_scores',
+    'export',
+    'optimize_for_inference',
+]

@@ -1,0 +1,79 @@
+"""How many members the requests of a queue get, and how many requests a queue may hold. No threads, no clock."""
+import numpy as np
+
+# Share of the latency target that is planned with; the rest is for what no plan foresees.
+_MARGIN = 0.8
+
+
+class MemberPolicy:
+    """Chooses the number of members of a batch from the state of the queue, and foresees how long a request waits.
+
+    A number of members fits if the oldest request of the batch would be answered in time, if at this pace so would be
+    the oldest of those behind it, and if all that wait or arrive during the batch would be done within the target from
+    now. The largest that fits is taken.
+
+    Args:
+        latency_target: Seconds within which a request is to be answered.
+        seconds: Measured seconds of a batch, per number of members, then per batch size. The batch sizes are the same
+            for every number of members; between two of them the seconds are interpolated.
+    """
+
+    def __init__(self, latency_target: float, seconds: dict[int, dict[int, float]]):
+        self.latency_target = latency_target
+        self.seconds = seconds
+        self.schedule = tuple(sorted(seconds))
+        self.batch_sizes = tuple(sorted(seconds[self.schedule[0]]))
+        # Time of recent batches over the measured one: the machine may be slower now than it was.
+        self.slowdown = 1.
+
+    def expected(self, num_members: int, batch_size: int) -> float:
+        """Return the seconds that a batch of at most the largest measured size is expected to take."""
+        row = self.seconds[num_members]
+        return float(np.interp(batch_size, self.batch_sizes, [row[size] for size in self.batch_sizes])) * self.slowdown
+
+    def choose(
+            self,
+            batch_size: int,
+            waiting: int,
+            oldest_age: float,
+            waiting_age: float,
+            arrival_rate: float,
+    ) -> int:
+        """Return the number of members for a batch.
+
+        Args:
+            batch_size: Number of requests in the batch.
+            waiting: Number of requests behind it.
+            oldest_age: Seconds since the oldest request of the batch was made.
+            waiting_age: Seconds since the oldest request behind it was made, 0 if there is none.
+            arrival_rate: Requests per second that are arriving.
+        """
+        budget = _MARGIN * self.latency_target
+        largest = self.batch_sizes[-1]
+        for num_members in reversed(self.schedule[1:]):
+            duration = self.expected(num_members, batch_size)
+            behind = waiting + arrival_rate * duration
+            full, rest = divmod(round(behind), largest)
+            rounds = full * self.expected(num_members, largest)
+            rounds += self.expected(num_members, rest) if rest else 0.
+            following = self.expected(num_members, min(waiting, largest)) if waiting else 0.
+            ends = oldest_age + duration, waiting_age + duration + following, duration + rounds
+            if max(ends) <= budget:
+                return num_members
+        return self.schedule[0]
+
+    def wait(self, waiting: int, busy: float) -> float:
+        """Return the seconds after which a new request would be answered if all got the fewest members from now on.
+
+        Args:
+            waiting: Number of requests before it.
+            busy: Seconds until the batch that is being computed is done.
+        """
+        fewest, largest = self.schedule[0], self.batch_sizes[-1]
+        full, rest = divmod(waiting, largest)
+        return busy + full * self.expected(fewest, largest) + self.expected(fewest, rest + 1)
+
+    def record(self, num_members: int, batch_size: int, duration: float) -> None:
+        """Learn from a batch that took `duration` seconds."""
+        ratio = duration * self.slowdown / self.expected(num_members, batch_size)
+        self.slowdown += 0.2 * (ratio - self.slowdown)

@@ -1,0 +1,373 @@
+"""Serving under load: requests from many threads, batches, and as many members as the queue leaves time for."""
+import atexit
+import contextlib
+import itertools
+import logging
+import os
+import statistics
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..checks import check_integer, check_number
+from ..evaluation.cost import resolve_input_size
+from ..models.anytime import check_ready, validate_schedule
+from ..models.ensemble import HierarchicalEnsemble
+from ..process import frozen_garbage
+from ..tree import prefixes
+from .optimize import OptimizedEnsemble
+from .policy import MemberPolicy
+
+_logger = logging.getLogger(__name__)
+
+_clock = time.perf_counter
+
+# A thread that computes when Python is being taken down aborts the process, so all runners are shut down before.
+_runners: 'weakref.WeakSet[AdaptiveRunner]' = weakref.WeakSet()
+
+
+@atexit.register
+def _shut_down_all() -> None:
+    runners = list(_runners)
+    for runner in runners:
+        runner.shutdown(drain=False, wait=False)
+    for runner in runners:
+        runner.shutdown()
+
+
+class Overloaded(RuntimeError):
+    """The request was rejected because too many others are waiting."""
+
+
+class ShutDown(RuntimeError):
+    """The request was rejected because the runner has been shut down."""
+
+
+class Answer(NamedTuple):
+    """What a request's future resolves to.
+
+    Attributes:
+        logits: `(num_classes,)`, in single precision on the CPU.
+        num_members: Number of members that were evaluated.
+    """
+    logits: torch.Tensor
+    num_members: int
+
+
+@dataclass
+class RunnerStats:
+    """Counts since the start. `submitted` is the sum of the others and of the requests that are still waiting.
+
+    Attributes:
+        submitted: Requests made of a runner that was not shut down.
+        answered: Requests whose future has a result.
+        rejected: Requests refused because too many were waiting, or thrown out of the queue by a shutdown.
+        failed: Requests whose future has the model's exception.
+        cancelled: Requests whose future was cancelled, or resolved, by the client while they waited.
+        members: Sum of the members evaluated over the answered requests.
+    """
+    submitted: int = 0
+    answered: int = 0
+    rejected: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    members: int = 0
+
+
+class AdaptiveRunner:
+    """Answers single images from many threads, holding a latency target by evaluating fewer members under load.
+
+    One worker thread takes all that waits, up to the largest batch, and chooses the number of members from the age of
+    the oldest request, the queue behind, the rate of arrivals, and the times it measures: those of a warm-up, scaled
+    by how recent batches compared. A request that would come too late even if all before it got the fewest members is
+    rejected at once. Every request made is answered, failed with the model's exception, cancelled by its client, or
+    rejected, exactly once.
+
+    The runner serves the process that made it, not one forked later. When the process ends, the batch that is being
+    computed is answered and the requests that wait are rejected.
+
+    Args:
+        model: Any hierarchical ensemble in evaluation mode, or better what `optimize_for_inference` returned.
+        latency_target: Seconds from `submit` to the answer that at most few requests should exceed.
+        input_size: Channels, height and width of the images; the model's own if None.
+        max_batch_size: Number of requests of a batch at most.
+        max_queue: Number of requests that may wait, whatever the target; as many as can be answered in time if None.
+        min_members: Number of members that an answer has at least.
+        max_members: Number of members that an answer has at most; all if None.
+        schedule: Increasing numbers of members to choose from, within the two bounds; 1, 2, 4, ..., N and the bounds
+            if None.
+        warmup_repeats: Number of times each batch size and number of members is measured at the start.
+        freeze_garbage: Keep the garbage collector of the whole process from looking at what there is after the warm-up,
+            for as long as a runner that does so runs; see `timm_hne.process.frozen_garbage`.
+
+    Raises:
+        TypeError: An argument is of a wrong type.
+        ValueError: An argument is out of range, or the model is in training mode or has no classifier.
+    """
+
+    def __init__(
+            self,
+            model: HierarchicalEnsemble | OptimizedEnsemble,
+            latency_target: float,
+            input_size: Sequence[int] | None = None,
+            max_batch_size: int = 32,
+            max_queue: int | None = None,
+            min_members: int = 1,
+            max_members: int | None = None,
+            schedule: Sequence[int] | None = None,
+            warmup_repeats: int = 3,
+            freeze_garbage: bool = False,
+    ):
+        check_ready(model)
+        check_number('latency_target', latency_target, 0, above=True)
+        check_integer('max_batch_size', max_batch_size, 1)
+        if max_queue is not None:
+            check_integer('max_queue', max_queue, 1)
+        check_integer('warmup_repeats', warmup_repeats, 1)
+        max_members = model.ensemble_size if max_members is None else max_members
+        check_integer('max_members', max_members, 1, model.ensemble_size)
+        check_integer('min_members', min_members, 1, model.ensemble_size)
+        if min_members > max_members:
+            raise ValueError(f'min_members must be at most max_members, got {min_members} and {max_members}.')
+        if schedule is None:
+            between = (n for n in prefixes(model.ensemble_size) if min_members < n < max_members)
+            schedule = sorted({min_members, *between, max_members})
+        self.schedule = validate_schedule(schedule, model.ensemble_size)
+        if self.schedule[0] < min_members or self.schedule[-1] > max_members:
+            raise ValueError(f'schedule must stay within {min_members} to {max_members} members, got {self.schedule}.')
+        self.input_size = resolve_input_size(model, input_size)
+        self.model = model
+        self.max_batch_size = max_batch_size
+        self.max_queue = max_queue
+        self.stats = RunnerStats()
+        self.policy = MemberPolicy(latency_target, self._measure(warmup_repeats))
+        self._process = os.getpid()
+        # Requests as (image, future, time of arrival).
+        self._queue: deque[tuple[torch.Tensor, Future, float]] = deque()
+        self._arrivals: deque[float] = deque()
+        self._condition = threading.Condition()
+        # When the batch that is being computed should be done; None while there is none.
+        self._busy_until: float | None = None
+        self._closed = False
+        self._context = contextlib.ExitStack()
+        if freeze_garbage:
+            self._context.enter_context(frozen_garbage())
+        self._worker = threading.Thread(target=self._work, name='AdaptiveRunner', daemon=True)
+        _runners.add(self)
+        self._worker.start()
+
+    def __enter__(self) -> 'AdaptiveRunner':
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.shutdown()
+
+    @torch.no_grad()
+    def _evaluate(self, images: torch.Tensor, num_members: int) -> torch.Tensor:
+        weight = next(self.model.parameters())
+        check_ready(self.model)  # somebody may have called model.train() since the start
+        logits = self.model(images.to(weight.device, weight.dtype), num_members=num_members).float().cpu()
+        check_ready(self.model)  # or meanwhile
+        return logits
+
+    def _measure(self, repeats: int) -> dict[int, dict[int, float]]:
+        """Measure powers of two up to the largest batch; medians, made to increase with the batch."""
+        sizes = [2 ** i for i in range((self.max_batch_size - 1).bit_length())] + [self.max_batch_size]
+        seconds: dict[int, dict[int, float]] = {}
+        for num_members in self.schedule:
+            row: dict[int, float] = {}
+            # The largest first: what an optimised model measures, it measures with the first batches it meets.
+            for size in reversed(sizes):
+                images = torch.randn(size, *self.input_size)
+                self._evaluate(images, num_members)
+                times = []
+                for _ in range(repeats):
+                    begin = _clock()
+                    self._evaluate(images, num_members)
+                    times.append(_clock() - begin)
+                row[size] = max(statistics.median(times), 1e-6)  # a coarse clock may have stood still
+            seconds[num_members] = dict(zip(sizes, itertools.accumulate((row[size] for size in sizes), max)))
+        return seconds
+
+    def submit(self, image: torch.Tensor) -> 'Future[Answer]':
+        """Queue an image; may be called from any thread.
+
+        Args:
+            image: `(C, H, W)` of the runner's `input_size`; it is copied.
+
+        Returns:
+            Future of an `Answer`. It fails with `ShutDown` if a shutdown throws the request out of the queue, and with
+            the model's exception if the model raises one.
+
+        Raises:
+            TypeError: `image` is no floating point tensor.
+            ValueError: `image` is of another size.
+            Overloaded: Too many requests are waiting.
+            ShutDown: The runner has been shut down.
+            RuntimeError: The runner was made by another process, of which this is a fork.
+        """
+        if os.getpid() != self._process:  # before the lock: a thread that is no longer there may hold it for ever
+            raise RuntimeError(
+                f'the runner was made by process {self._process} and works there only; this is process {os.getpid()}. '
+                'Make a runner in each process, after the fork.')
+        if not isinstance(image, torch.Tensor) or not image.is_floating_point():
+            kind = image.dtype if isinstance(image, torch.Tensor) else type(image).__name__
+            raise TypeError(f'image must be a floating point tensor, got {kind}.')
+        if tuple(image.shape) != self.input_size:
+            raise ValueError(f'image must be of shape {self.input_size}, got {tuple(image.shape)}.')
+        image = image.detach().to('cpu', torch.float, copy=True)
+        future: Future[Answer] = Future()
+        with self._condition:
+            if self._closed:
+                raise ShutDown('The runner has been shut down; the request was rejected.')
+            self.stats.submitted += 1
+            now = _clock()
+            self._arrivals.append(now)
+            self._forget_arrivals(now)
+            if self._refusal(now) is not None:
+                self._drop_cancelled()
+            refusal = self._refusal(now)
+            if refusal is not None:
+                self.stats.rejected += 1
+                raise Overloaded(refusal)
+            self._queue.append((image, future, now))
+            self._condition.notify()
+        return future
+
+    def _refusal(self, now: float) -> str | None:
+        """Return why a request that arrives now is to be rejected, None if it is not."""
+        waiting = len(self._queue)
+        if self.max_queue is not None:
+            full = waiting >= self.max_queue
+            return f'max_queue={self.max_queue} requests are waiting; the request was rejected.' if full else None
+        if not waiting and self._busy_until is None:  # nobody could be faster
+            return None
+        busy = 0. if self._busy_until is None else max(0., self._busy_until - now)
+        seconds, target = self.policy.wait(waiting, busy), self.policy.latency_target
+        if seconds <= target:
+            return None
+        return (
+            f'with {waiting} requests waiting, this one would be answered after {seconds:.3g} s, which is beyond '
+            f'latency_target={target:.3g}; it was rejected.')
+
+    def shutdown(self, drain: bool = True, wait: bool = True) -> None:
+        """Accept no more requests. May be called again, from any thread; does nothing in a fork of the process.
+
+        Args:
+            drain: Answer the requests that wait; otherwise they are rejected with `ShutDown`. The batch that is being
+                computed is answered in any case.
+            wait: Return only when every request has its answer; has no effect in the callback of a future.
+        """
+        if os.getpid() != self._process:
+            return
+        with self._condition:
+            self._closed = True
+            thrown_out = [] if drain else list(self._queue)
+            if not drain:
+                self._queue.clear()
+            self._condition.notify_all()
+        self._reject(thrown_out)
+        if wait and threading.current_thread() is not self._worker:
+            self._worker.join()
+
+    def _reject(self, requests: list[tuple[torch.Tensor, Future, float]]) -> None:
+        # Outside the lock: a future runs its callbacks at once, and they may submit again.
+        for _, future, _ in requests:
+            if self._claim(future):
+                with self._condition:
+                    self.stats.rejected += 1
+                _resolve(future, ShutDown('The runner was shut down before the request was answered.'))
+
+    def _claim(self, future: Future) -> bool:
+        """Make a future ours to resolve, unless its client has cancelled it or resolved it."""
+        try:
+            claimed = future.set_running_or_notify_cancel()
+        except RuntimeError:
+            _logger.exception('a client changed the state of its request')
+            claimed = not future.done()
+        if not claimed:
+            with self._condition:
+                self.stats.cancelled += 1
+        return claimed
+
+    def _drop_cancelled(self) -> None:
+        kept, dropped = deque(), []
+        for request in self._queue:
+            (dropped if request[1].cancelled() else kept).append(request)
+        self._queue = kept
+        for request in dropped:
+            self._claim(request[1])
+
+    def _forget_arrivals(self, now: float) -> None:
+        while self._arrivals and self._arrivals[0] < now - self.policy.latency_target:
+            self._arrivals.popleft()
+
+    def _next_batch(self) -> tuple[list[tuple[torch.Tensor, Future, float]], dict[str, float]] | None:
+        """Wait for requests; return a batch and what `MemberPolicy.choose` wants to know, or None at the end."""
+        with self._condition:
+            while not self._queue and not self._closed:
+                self._condition.wait()
+            if not self._queue:
+                return None
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self.max_batch_size))]
+            now = _clock()
+            self._forget_arrivals(now)
+            return batch, {
+                'waiting': len(self._queue),
+                'waiting_age': now - self._queue[0][2] if self._queue else 0.,
+                'arrival_rate': len(self._arrivals) / self.policy.latency_target,
+            }
+
+    def _work(self) -> None:
+        try:
+            while (work := self._next_batch()) is not None:
+                requests, load = work
+                requests = [request for request in requests if self._claim(request[1])]
+                if requests:
+                    self._answer(requests, load)
+        finally:
+            # Should anything unforeseen end the loop, nobody may wait for an answer that will not come.
+            self.shutdown(drain=False, wait=False)
+            self._context.close()
+
+    def _answer(self, requests: list[tuple[torch.Tensor, Future, float]], load: dict[str, float]) -> None:
+        images, futures, arrivals = zip(*requests)
+        try:
+            begin = _clock()
+            num_members = self.policy.choose(len(requests), oldest_age=begin - arrivals[0], **load)
+            with self._condition:
+                self._busy_until = begin + self.policy.expected(num_members, len(requests))
+            logits = self._evaluate(torch.stack(images), num_members)
+            self.policy.record(num_members, len(requests), _clock() - begin)
+        except BaseException as error:  # whatever it is, these clients must not wait for ever
+            _logger.exception('a batch of %d requests failed', len(requests))
+            with self._condition:
+                self._busy_until = None
+                self.stats.failed += len(requests)
+            for future in futures:
+                _resolve(future, error)
+            return
+        with self._condition:
+            self._busy_until = None
+            self.stats.answered += len(requests)
+            self.stats.members += num_members * len(requests)
+        for future, row in zip(futures, logits):
+            _resolve(future, Answer(row.clone(), num_members))
+
+
+def _resolve(future: Future, outcome: Answer | BaseException) -> None:
+    """End a request; whatever its client's callbacks raise, the worker and the other requests go on."""
+    try:
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    except BaseException:
+        _logger.exception('a callback of a request failed, or its client resolved it')

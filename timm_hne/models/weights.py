@@ -1,0 +1,304 @@
+"""Weights that fit a model: built by timm, read and checked by `timm_hne.pretrained`, cut or grown to fit here."""
+import inspect
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained, resolve_pretrained_cfg
+
+from ..pretrained import CONFIG_NAME, available_weights, check_config, read_weights
+
+__all__ = ['build_model', 'fit_weights', 'grow_nodes', 'grow_weights']
+
+NOISE = 0.05  # of a copy, relative to the root mean square of the tensor
+
+
+def build_model(
+        model_cls: Callable[..., nn.Module],
+        variant: str,
+        pretrained: bool = False,
+        pretrained_cfg: str | dict | PretrainedCfg | None = None,
+        pretrained_cfg_overlay: dict | None = None,
+        cache_dir: str | PathLike | None = None,
+        **kwargs,
+) -> nn.Module:
+    """Build a model as timm's `build_model_with_cfg` does, with weights whose digest was checked.
+
+    Args:
+        model_cls: Model class.
+        variant: Name of the architecture.
+        pretrained: Load the pretrained weights.
+        pretrained_cfg: Tag or configuration of the weights.
+        pretrained_cfg_overlay: Entries that replace those of `pretrained_cfg`.
+        cache_dir: Cache of the Hugging Face client, its own choice if None.
+        **kwargs: The other arguments of `build_model_with_cfg` and of the model.
+
+    Raises:
+        RuntimeError: There are no weights for this tag.
+        DigestError: A file differs from its recorded digest, also after another download.
+        ValueError: The file is no safetensors file, its tensors do not fit the model, or the `config.json` beside it
+            asks for another model or for arguments that no model of this class takes.
+        OSError: The file is neither in the cache nor within reach.
+    """
+    model_args = kwargs.get('pretrained_model_args') or {}  # from config.json, which anybody may have written
+    allowed = set(inspect.signature(model_cls).parameters) - {'device', 'dtype'}
+    if unknown := sorted(model_args.keys() - allowed):
+        raise ValueError(f'model_args in {CONFIG_NAME} may hold {sorted(allowed)}, got {unknown} as well.')
+    if not pretrained:
+        return build_model_with_cfg(
+            model_cls,
+            variant,
+            False,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=pretrained_cfg_overlay,
+            cache_dir=cache_dir,
+            **kwargs,
+        )
+    try:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    except RuntimeError as error:
+        raise RuntimeError(f'{error} {available_weights()}') from error
+    overlay = pretrained_cfg_overlay or {}
+    if any(key in overlay for key in ('file', 'url', 'hf_hub_id', 'state_dict')):
+        # Other weights than the tag's: its file must not come before them, nor its names of classes go with them.
+        cfg = replace(cfg, **{'file': None, 'label_names': None, **overlay})
+    weights, config = read_weights(cfg, cache_dir)
+    if config is not None:
+        check_config(config, variant, cfg, model_args, pretrained_cfg_overlay)
+
+    stored = cfg
+    stem = next((weights[f'{name}.weight'] for name in _names(cfg.first_conv) if f'{name}.weight' in weights), None)
+    if config is None and stem is not None and stem.dim() == 4:
+        # The overlay may state other images than those of the weights.
+        stored = replace(cfg, input_size=(stem.shape[1], *cfg.input_size[1:]))
+
+    def create(**model_kwargs) -> nn.Module:
+        # On the meta device nothing is allocated, however large the model would be.
+        on_meta = {**model_kwargs, 'device': 'meta'}
+        if config is not None:
+            _check_sizes(weights, cfg, model_args, model_cls, on_meta)
+        fitted = fit_weights(weights, model_cls(**on_meta), stored)
+        source = dict(
+            state_dict=fitted,
+            num_classes=cfg.num_classes,
+            input_size=stored.input_size,
+            first_conv=tuple(name for name in _names(cfg.first_conv) if f'{name}.weight' in fitted),
+        )
+        model = model_cls(**model_kwargs)
+        source['classifier'] = model.classifier_names
+        load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans)
+        return model
+
+    return build_model_with_cfg(create, variant, False, pretrained_cfg=cfg, **kwargs)
+
+
+def _is_prefix(nodes: tuple[int, ...], tree: tuple[int, ...]) -> bool:
+    """Whether the first nodes of `tree` form a tree with these `nodes`, every node having its parent."""
+    if any(count > total for count, total in zip(nodes, tree)):
+        return False
+    return all(
+        node * nodes[b] // nodes[b + 1] == node * tree[b] // tree[b + 1]
+        for b in range(len(nodes) - 1) for node in range(nodes[b + 1])
+    )
+
+
+def _check_sizes(
+        weights: dict[str, torch.Tensor],
+        cfg: PretrainedCfg,
+        model_args: dict[str, Any],
+        model_cls: Callable[..., nn.Module],
+        on_meta: dict[str, Any],
+) -> None:
+    """Check that the weights are those of the model that a `config.json` describes.
+
+    The time and memory that this takes depend on the size of the weights, not on what the file asks for.
+    """
+    for name, stated in ('num_classes', cfg.num_classes), ('in_chans', cfg.input_size[0]):
+        if model_args.get(name, stated) != stated:
+            raise ValueError(f'{CONFIG_NAME} contradicts itself: {name} is {model_args[name]!r} as well as {stated}.')
+    stated = {**on_meta, **model_args, 'num_classes': cfg.num_classes, 'in_chans': cfg.input_size[0]}
+    stated.pop('num_members', None)  # chosen by who loads
+    nodes = model_args.get('nodes')
+    counted = isinstance(nodes, (list, tuple))
+    if counted:
+        # A block can have a module for each node: as many as the weights have are built later, the first ones do here.
+        stated['nodes'] = (1,) * len(nodes)
+    try:
+        model = model_cls(**stated)
+        found = {name: len(parts) for name, parts in node_weights(weights, model).items()}
+        if counted and list(nodes) != [found.get(f'blocks.{b}') for b in range(len(nodes))]:
+            raise ValueError(f'nodes is {nodes}, the weights have {found}.')
+        fit_weights(weights, model, cfg)
+    except Exception as error:  # whatever a constructor makes of junk
+        reason = str(error).partition('\n')[0]
+        raise ValueError(f'{CONFIG_NAME} does not belong to the weights: {reason:.500}') from error
+
+
+def node_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Return the weights of every node of every part of a model, as many nodes as the weights have.
+
+    Args:
+        weights: Tensors by their names.
+        model: Any `hne_*` model, with any number of nodes, also on the meta device.
+
+    Returns:
+        A dict of tensors for each node, by the name of the part. A part that has no weights is left out.
+
+    Raises:
+        ValueError: The tensors of a part are not those of a whole number of nodes.
+    """
+    nodes = {}
+    for name, part in model.parts().items():
+        found = {key.removeprefix(f'{name}.'): w for key, w in weights.items() if key.startswith(f'{name}.')}
+        try:
+            if found:
+                nodes[name] = part.split_state(found)
+        except ValueError as error:
+            raise ValueError(f'The weights are not those of this model: in {name} {error}') from error
+    return nodes
+
+
+def grow_nodes(
+        nodes: Sequence[dict[str, torch.Tensor]],
+        count: int,
+        parameters: set[str],
+        name: str,
+        noise: float = NOISE,
+        seed: int = 0,
+) -> list[dict[str, torch.Tensor]]:
+    """Return the weights of more nodes: each node and its copies side by side, where its children would be.
+
+    Copies of the same weights get the same gradients and never part, so all but the first have noise of their own.
+
+    Args:
+        nodes: Weights of each node.
+        count: Number of nodes to make, a multiple of those that there are.
+        parameters: Names of the tensors that get noise; those of statistics and indices must not.
+        name: Name of the part; with the seed and the number of the node it decides the noise.
+        noise: Standard deviation of the noise, relative to the root mean square of the tensor.
+        seed: Seed of the noise.
+    """
+    family = count // len(nodes)
+    grown = []
+    for node in range(count):
+        weights = dict(nodes[node // family])
+        if noise and node % family:
+            generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name} {node}'.encode()))
+            for key in sorted(parameters & weights.keys()):
+                tensor = weights[key]
+                if tensor.is_meta or not tensor.is_floating_point():
+                    continue
+                random = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+                scale = noise * tensor.detach().float().square().mean().sqrt()
+                weights[key] = (tensor.detach().float() + scale * random).to(tensor.dtype)
+        grown.append(weights)
+    return grown
+
+
+def grow_weights(
+        stored: dict[str, list[dict[str, torch.Tensor]]],
+        model: nn.Module,
+        noise: float = NOISE,
+        seed: int = 0,
+) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Return the weights of a smaller tree as those of a larger one: every member starts as one that there is.
+
+    Args:
+        stored: Weights of every node of every part, as `node_weights` returns them.
+        model: The larger tree. The nodes of each of its parts are a multiple of those stored.
+        noise: Standard deviation of the noise of copies, relative to the root mean square of a tensor.
+        seed: Seed of the noise.
+    """
+    grown = {}
+    for name, part in model.parts().items():
+        if name in stored:
+            one_node = part.split_state(dict(part.named_parameters()))
+            parameters = set(one_node[0]) if one_node else set()
+            grown[name] = grow_nodes(stored[name], part.nodes, parameters, name, noise, seed)
+    return grown
+
+
+def fit_weights(weights: dict[str, torch.Tensor], model: nn.Module, cfg: PretrainedCfg) -> dict[str, torch.Tensor]:
+    """Return weights for every node of a model from a checkpoint of the same architecture.
+
+    The nodes may be the same, or fewer than the checkpoint has, the first of each block; or more, then those of the
+    checkpoint are replicated, with noise. The classifier and the first convolution are left to timm where the numbers
+    of classes or channels differ.
+
+    Args:
+        weights: Tensors by their names.
+        model: Any `hne_*` model, also on the meta device.
+        cfg: Configuration of the weights.
+
+    Raises:
+        ValueError: The weights are those of another model, or of a tree that does not begin with the model's and from
+            which the model's cannot grow.
+    """
+    target = model.state_dict()
+    left_out = set()
+    if model.num_classes != cfg.num_classes:
+        left_out = {f'{name}.{kind}' for name in model.classifier_names for kind in ('weight', 'bias')}
+    # Weights of more members have classifiers that the model has not.
+    classifiers = {_any_node(name) for name in left_out}
+
+    wanted = {name: tensor for name, tensor in weights.items() if _any_node(name) not in classifiers}
+    stored = node_weights(wanted, model)
+    parts = model.parts()
+    stored_nodes = {name: len(nodes) for name, nodes in stored.items()}
+    nodes = tuple(stored_nodes.get(f'blocks.{b}', count) for b, count in enumerate(model.nodes))
+    heads = {name: count for name, count in stored_nodes.items() if name in model.head_parts()}
+    whole = all(count == nodes[-1] for count in heads.values())
+    grows = nodes != model.nodes and all(not count % own for own, count in zip(nodes, model.nodes))
+    if whole and grows:
+        stored = grow_weights(stored, model)
+
+    # What belongs to no part is fitted as it is.
+    prefixes = tuple(f'{name}.' for name in parts)
+    fitted = {name: tensor for name, tensor in wanted.items() if not name.startswith(prefixes)}
+    for name, held in stored.items():
+        joined = parts[name].join_state(held[:parts[name].nodes])
+        fitted.update({f'{name}.{key}': tensor for key, tensor in joined.items()})
+
+    missing, unexpected = target.keys() - fitted.keys() - left_out, fitted.keys() - target.keys()
+    if missing and all(name.startswith('blocks.') for name in missing) and any(map(int.__lt__, nodes, model.nodes)):
+        missing = set()  # of nodes, which is said below
+    if missing or unexpected:
+        raise ValueError(
+            f'The weights are not those of this model: missing tensors {_some(missing)}, unexpected ones '
+            f'{_some(unexpected)}.')
+    if not whole or not (grows or _is_prefix(model.nodes, nodes)):
+        raise ValueError(
+            f'The weights were trained with nodes={nodes}{f" and heads {heads}" if heads else ""}, the model has '
+            f'nodes={model.nodes}. Only the same tree, a prefix of it, or one with a multiple of the nodes of every '
+            'block can take them.')
+    stems = {f'{name}.weight' for name in _names(cfg.first_conv)}
+    wrong = []
+    for name, tensor in fitted.items():
+        shape = target[name].shape
+        if name in stems:
+            shape = torch.Size((shape[0], cfg.input_size[0], *shape[2:]))
+        if tensor.shape != shape or tensor.is_floating_point() != target[name].is_floating_point():
+            wrong.append(
+                f'{name} {tensor.dtype} {tuple(tensor.shape)} instead of {target[name].dtype} {tuple(shape)}')
+    if wrong:
+        raise ValueError(f'The weights are not those of this model: {_some(wrong)}.')
+    return fitted
+
+
+def _names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _any_node(name: str) -> str:
+    """Return the name of a tensor of one member's head without the number of the member."""
+    return re.sub(r'^heads\.\d+\.', 'heads.*.', name)
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '') or 'none'

@@ -1,0 +1,364 @@
+"""The checkpoints of training runs: the one place that knows what is in such a file.
+
+They are files of timm's `CheckpointSaver`, so `timm.create_model(name, checkpoint_path=...)` loads them too.
+"""
+import argparse
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.models import load_state_dict
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import CheckpointSaver, NativeScaler, load_checkpoint_metadata
+
+from ..models.create import create_ensemble
+from ..models.ensemble import HierarchicalEnsemble
+from ..models.weights import node_weights
+from .recipe import TrainConfig, image_preparation
+
+__all__ = ['FREE_KEYS', 'CheckpointWriter', 'RunCheckpoint', 'load_checkpoint', 'recipe_of']
+
+_logger = logging.getLogger(__name__)
+
+# Keys of a recipe that may change when a run is continued: they say where and how it runs, not what it computes.
+FREE_KEYS = ('data_dir', 'output_dir', 'resume', 'download', 'num_workers', 'device', 'log_interval', 'progress')
+
+# What a run knows about its images, in the names of timm's `resolve_data_config`.
+_DATA_KEYS = ('img_size', 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
+
+_UNFINISHED = 'tmp.pth.tar'  # what timm's saver is writing
+
+
+def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a checkpoint was trained, from the arguments it holds: what was computed, and no path of a machine."""
+    return {
+        key: value for key, value in config.items()
+        if key not in (*FREE_KEYS, 'label_names') and not os.path.isabs(str(value))
+    }
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A checkpoint of this package's or timm's training, or weights alone.
+
+    Attributes:
+        path: The file.
+        argument: What messages call the file.
+        arch: Name of the model, None if the file does not say.
+        epoch: Number of the last epoch that is in it, from 0; None if the file does not say.
+        args: Arguments of the training by their names; empty if the file does not say.
+    """
+    path: Path
+    argument: str = 'checkpoint'
+    arch: str | None = None
+    epoch: int | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike, argument: str = 'checkpoint') -> 'RunCheckpoint':
+        """Read all but the tensors of a PyTorch or safetensors file, and check that the file is undamaged.
+
+        Args:
+            path: The file.
+            argument: What messages call it.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is no checkpoint, or is damaged.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f'{argument} does not exist: {path}')
+        if path.suffix == '.safetensors':
+            return cls(path, argument)
+        checkpoint = cls._read_metadata(path, argument)
+        checkpoint._check_sums()
+        return checkpoint
+
+    @classmethod
+    def newest(cls, folder: Path, resume: bool) -> 'RunCheckpoint | None':
+        """Return the newest undamaged checkpoint of the run in a folder, or None if it has none.
+
+        Raises:
+            FileExistsError: There are checkpoints, but nobody asked to `resume`.
+            RuntimeError: There are checkpoints, but all are damaged.
+        """
+        # What timm's saver leaves under its temporary name, if it is killed, is no checkpoint yet.
+        files = sorted(path for path in folder.glob('*.pth.tar') if path.name != _UNFINISHED)
+        if files and not resume:
+            raise FileExistsError(
+                f'output_dir {folder} holds a run already; continue it with resume, or choose another.')
+        found = []
+        for path in files:
+            try:
+                checkpoint = cls._read_metadata(path)
+                found.append((checkpoint.epoch if checkpoint.epoch is not None else -1, path.name, checkpoint))
+            except ValueError as error:
+                _logger.warning(f'{error}; it is passed over.')
+        for *_, checkpoint in sorted(found, reverse=True):
+            try:
+                checkpoint._check_sums()
+                return checkpoint
+            except ValueError as error:
+                _logger.warning(f'{error}; it is passed over.')
+        if files:
+            raise RuntimeError(f'none of the {len(files)} checkpoints in output_dir {folder} can be read.')
+        return None
+
+    @classmethod
+    def _read_metadata(cls, path: Path, argument: str = 'checkpoint') -> 'RunCheckpoint':
+        try:
+            content = dict(load_checkpoint_metadata(str(path)))
+            args = content.get('args') or {}
+            args = dict(args if isinstance(args, Mapping) else vars(args))
+        except Exception as error:  # whatever PyTorch makes of damaged files
+            raise ValueError(f'{argument} {path} cannot be read: {error}') from error
+        if args.get('in_memory'):  # older versions wrote the model's own crop_pct, which was not applied
+            args['crop_pct'] = image_preparation(True, args.get('crop_pct'))['crop_pct']
+        return cls(path, argument, content.get('arch'), content.get('epoch'), args)
+
+    def _check_sums(self) -> None:
+        """Raise a ValueError if a byte of the file has changed since it was written. PyTorch does not look."""
+        if not zipfile.is_zipfile(self.path):
+            return  # the format that PyTorch had before 1.6 has no check sums
+        try:
+            with zipfile.ZipFile(self.path) as file:
+                damaged = file.testzip()
+        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+            raise ValueError(f'{self.argument} {self.path} cannot be read: {error}') from error
+        if damaged is not None:
+            raise ValueError(f'{self.argument} {self.path} cannot be read: the check sum of {damaged} is wrong')
+
+    @property
+    def epochs_planned(self) -> int | None:
+        """Number of epochs that the run is to have, None if the file does not say."""
+        return self.args.get('epochs')
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no epoch is left to do, as far as the file says."""
+        return self.epoch is None or self.epoch + 1 >= (self.epochs_planned or 0)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of the training, with `epochs` being those done."""
+        return {**self.args, **({} if self.epoch is None else {'epochs': self.epoch + 1})}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How the weights were trained: what was computed, and no path of a machine."""
+        return recipe_of(self.config)
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """How images were prepared for validation, as far as the file says, in timm's names."""
+        prepared = {}
+        if 'in_memory' in self.args:  # our trainer's
+            prepared = image_preparation(self.args['in_memory'], self.args.get('crop_pct'))
+        return {
+            key: value for key, value in {**self.args, **prepared}.items() if key in _DATA_KEYS and value is not None}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights, the moving average if there is one.
+
+        Raises:
+            ValueError: The file holds no weights.
+        """
+        try:
+            weights = load_state_dict(str(self.path))
+            if not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+                raise TypeError('it holds other things than tensors')
+        except Exception as error:  # whatever the readers of two formats make of junk
+            raise ValueError(f'{self.argument} {self.path} cannot be read: {error}') from error
+        return weights
+
+    def load_into(self, model: nn.Module) -> None:
+        """Load the weights into a model.
+
+        Raises:
+            ValueError: They are those of another model.
+        """
+        weights = self.weights()
+        found, expected = (
+            {name: tuple(tensor.shape) for name, tensor in state.items()} for state in (weights, model.state_dict()))
+        wrong = [
+            f'{name} {found.get(name, "missing")}, not {expected.get(name, "there")}'
+            for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)
+        ]
+        if wrong:
+            raise ValueError(
+                f'{self.argument} {self.path} is of another architecture, other nodes or classes: {len(wrong)} '
+                f'tensors differ, such as {"; ".join(wrong[:3])}.')
+        model.load_state_dict(weights)
+
+    def create_model(self, name: str | None = None) -> HierarchicalEnsemble:
+        """Build the model and load the weights. Nodes, classes and image channels are read off the weights.
+
+        Args:
+            name: Name of the model; the one in the file if None.
+
+        Raises:
+            ValueError: The file does not say which model it is of, or is one of another model.
+        """
+        weights = self.weights()
+        name = name or self.arch
+        if name is None:
+            raise ValueError(f'{self.argument} {self.path} does not say which model it is of, name it.')
+        kwargs = dict(self.args.get('model_kwargs') or {})
+        if self.args.get('gp') is not None:  # timm's option --gp
+            kwargs['global_pool'] = self.args['gp']
+        try:
+            kwargs.update(_sizes(weights, name, kwargs))
+            model = create_ensemble(name, **kwargs)
+            model.load_state_dict(weights)
+        except KeyError as error:
+            raise ValueError(f'{self.argument} {self.path} is not one of {name}: it lacks {error}.') from error
+        except (RuntimeError, ValueError) as error:
+            # PyTorch goes on to name every tensor.
+            reason = ' '.join(' '.join(str(error).splitlines()[:2]).split())
+            recorded = f' It says that it is of {self.arch}.' if self.arch not in (None, name) else ''
+            raise ValueError(f'{self.argument} {self.path} is not one of {name}: {reason}{recorded}') from error
+        return model
+
+    def check_same_run(self, config: TrainConfig, label_names: list[str] | None = None) -> None:
+        """Check that the run can be continued by a configuration, with data of these classes if they are known.
+
+        Raises:
+            ValueError: They differ in what is computed.
+        """
+        folder = self.path.parent
+        if not self.args:
+            raise ValueError(f'the run in {folder} cannot be continued, its checkpoint has no recipe.')
+        before = {**asdict(TrainConfig()), **self.args}  # a key that is newer than the run had its default
+        changed = [
+            f'{name} was {before.get(name)!r} and is {value!r}'
+            for name, value in asdict(config).items() if name not in FREE_KEYS and before.get(name) != value
+        ]
+        if changed:
+            raise ValueError(f'the run in {folder} cannot be continued, it differs: {"; ".join(changed)}.')
+        if before.get('label_names') and label_names and before['label_names'] != label_names:
+            raise ValueError(
+                f'the run in {folder} cannot be continued with other classes, its own were '
+                f'{", ".join(before["label_names"][:10])}, those of the data are {", ".join(label_names[:10])}.')
+        if not config.in_memory and before['num_workers'] != config.num_workers:
+            _logger.warning(
+                f'num_workers was {before["num_workers"]} and is {config.num_workers}: images are augmented '
+                'differently from what they would have been.')
+
+    def restore(self, task: TrainingTask, optimizer: torch.optim.Optimizer, scaler: NativeScaler | None) -> int:
+        """Load weights, optimizer and loss scaler, and return the epoch that comes next."""
+        return resume_task_checkpoint(task, str(self.path), optimizer, scaler)
+
+    def restore_average(self, task: TrainingTask) -> None:
+        """Load the moving average into a task that has just set it up."""
+        load_task_ema_checkpoint(task, str(self.path))
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run: `last.pth.tar`, and those of the last two epochs, by timm's `CheckpointSaver`.
+
+    Args:
+        folder: Output folder of the run.
+        model: The ensemble.
+        task: The task that trains it.
+        optimizer: Its optimizer.
+        scaler: Its loss scaler, if it has one.
+        config: Configuration of the run.
+        label_names: Names of the classes, if the data tell.
+        resumed: The checkpoint that the run goes on from, if any.
+    """
+    LAST = 'last.pth.tar'
+
+    def __init__(
+            self,
+            folder: Path,
+            model: HierarchicalEnsemble,
+            task: TrainingTask,
+            optimizer: torch.optim.Optimizer,
+            scaler: NativeScaler | None,
+            config: TrainConfig,
+            label_names: list[str] | None,
+            resumed: RunCheckpoint | None,
+    ):
+        self.folder = folder
+        self.last = folder / self.LAST
+        self._saver = CheckpointSaver(
+            model,
+            optimizer,
+            args=argparse.Namespace(**asdict(config), label_names=label_names),
+            amp_scaler=scaler,
+            checkpoint_dir=str(folder),
+            recovery_dir=str(folder),
+            max_history=2,
+            task=task,
+        )
+        if resumed is not None:
+            self._saver.load_state_dict_from_checkpoint(str(resumed.path))
+
+    def save(self, epoch: int) -> None:
+        """Save the state after an epoch.
+
+        Raises:
+            OSError: The file cannot be written, for instance to a full disk. The checkpoints before it are kept.
+        """
+        try:
+            self._saver.save_checkpoint(epoch)
+        except (OSError, RuntimeError) as error:
+            numbered = self.folder / f'checkpoint-{epoch}.pth.tar'
+            if numbered.exists() and self.last.exists() and numbered.stat().st_size != self.last.stat().st_size:
+                numbered.unlink()  # a copy that was cut short
+            kept = f'The last whole one is kept: {self.last}' if self.last.exists() else 'There is none before it.'
+            raise OSError(
+                f'checkpoint {self.last} of epoch {epoch + 1} cannot be written, with '
+                f'{shutil.disk_usage(self.folder).free / 1e6:.0f} MB free: {" ".join(str(error).split()):.200}. {kept}'
+            ) from error
+        finally:
+            (self.folder / _UNFINISHED).unlink(missing_ok=True)  # is there only if the saver was interrupted
+
+
+def load_checkpoint(path: str | os.PathLike, name: str | None = None) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
+    """Build the model of a checkpoint and load its weights, the averaged ones (EMA) if there are any.
+
+    The sharing scheme, classes and image channels are read off the weights.
+
+    Args:
+        path: Checkpoint of this package's or timm's training, or a state dict, as a PyTorch or safetensors file.
+        name: Name of the model; the one in the checkpoint if None.
+
+    Returns:
+        The model, and the arguments of its training as far as the checkpoint has them, with `epochs` being those done.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint of this model, or is damaged.
+    """
+    checkpoint = RunCheckpoint.read(path)
+    return checkpoint.create_model(name), checkpoint.config
+
+
+def _sizes(weights: dict[str, torch.Tensor], name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Read nodes, classes and image channels of a model off its weights; `kwargs` are its other arguments.
+
+    Raises:
+        KeyError: A tensor is missing.
+        ValueError: The weights are those of another model.
+    """
+    model = create_ensemble(name, device='meta', **kwargs)
+    parts = node_weights({key: weight for key, weight in weights.items() if key.startswith('blocks.')}, model)
+    nodes = tuple(len(parts[f'blocks.{b}']) for b in range(len(model.nodes)))
+
+    model = create_ensemble(name, device='meta', **{**kwargs, 'nodes': nodes})
+    classifier, first_conv = model.classifier_names[0], model.pretrained_cfg['first_conv']
+    rows_of_a_class = len(model.state_dict()[f'{classifier}.weight']) // model.num_classes
+    num_classes, rest = divmod(len(weights[f'{classifier}.weight']), rows_of_a_class)
+    if rest:
+        raise ValueError(f'{classifier} has {rest} rows more than {nodes[-1]} members with {num_classes} classes have.')
+    first_conv = first_conv if isinstance(first_conv, str) else first_conv[0]
+    return {'nodes': nodes, 'num_classes': num_classes, 'in_chans': weights[f'{first_conv}.weight'].shape[1]}

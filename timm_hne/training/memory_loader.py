@@ -1,0 +1,168 @@
+"""Small images kept in memory: decoded once, augmented a batch at a time."""
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from .datasets import ImageSubset
+
+__all__ = ['MemoryLoader', 'load_into_memory']
+
+
+def load_into_memory(
+        dataset: ImageSubset,
+        img_size: int,
+        resize: bool = False,
+        num_workers: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode all images once.
+
+    Args:
+        dataset: Images of one size. Unreadable ones are left out.
+        img_size: Height and width to have.
+        resize: Bring images of another size to this one as timm does in evaluation: scale the shorter side (bilinear),
+            and cut off what the longer one has too much on both ends.
+        num_workers: Processes that decode.
+
+    Returns:
+        Images (n, C, img_size, img_size) as uint8, and their labels (n,).
+
+    Raises:
+        ValueError: The images differ in size, or have another size and are not to be resized.
+    """
+    batches = []
+    loader = DataLoader(dataset, batch_size=512, num_workers=num_workers, collate_fn=_collate_arrays)
+    for images, labels in loader:
+        if len({image.shape for image in images}) > 1 or (batches and images[0].shape != batches[0][0].shape[1:]):
+            raise ValueError('in_memory needs images of one size, these differ; set in_memory to false.')
+        batches.append((np.stack(images), labels))
+    images = torch.from_numpy(np.concatenate([images for images, _ in batches]))
+    images = (images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)).contiguous()
+    labels = torch.tensor([label for _, labels in batches for label in labels])
+    keep = ~dataset.bad
+    images, labels = images[keep], labels[keep]
+    height, width = images.shape[-2:]
+    if (height, width) != (img_size, img_size):
+        if not resize:
+            raise ValueError(
+                f'the images are {height}x{width}, the model takes {img_size}x{img_size}: is this the data set of the '
+                'recipe? Give img_size to resize them.')
+        scaled = [int(img_size * side / min(height, width)) for side in (height, width)]
+        top, left = (round((side - img_size) / 2) for side in scaled)
+        parts = [
+            F.interpolate(part.float(), size=scaled, mode='bilinear', antialias=True)
+            for part in images.split(4096)
+        ]
+        images = torch.cat(parts)[:, :, top:top + img_size, left:left + img_size]
+        images = images.round().clamp(0, 255).to(torch.uint8).contiguous()
+    return images, labels
+
+
+def _collate_arrays(batch: list) -> tuple[list[np.ndarray], list[int]]:
+    return [np.asarray(image) for image, _ in batch], [label for _, label in batch]
+
+
+class MemoryLoader:
+    """Batches of images that lie in memory, augmented and normalised a batch at a time on their device.
+
+    In training, the paper's augmentation for CIFAR: zero padding, a random crop of the original size, and a random
+    horizontal flip. Order and augmentation are a function of seed and epoch. With several processes, batch `k` of all
+    of them together is what one process would see as its batch `k` of the joint size.
+
+    Args:
+        images: (n, C, H, W), uint8
+        labels: (n,)
+        batch_size: Images in a batch of one process. An incomplete last batch is left out in training.
+        mean: Mean of each channel, images being in 0..1.
+        std: Standard deviation of each channel.
+        training: Shuffle and augment.
+        crop_padding: Pixels of padding on each side.
+        hflip: Probability of a flip.
+        seed: Seed of the order and the augmentation.
+        device: Where the images are kept and the batches made.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Iterating gives images (B, C, H, W), float32 and channels_last, and labels (B,).
+
+    Raises:
+        ValueError: There are not enough images for one training batch.
+    """
+
+    def __init__(
+            self,
+            images: torch.Tensor,
+            labels: torch.Tensor,
+            batch_size: int,
+            mean: tuple[float, ...],
+            std: tuple[float, ...],
+            training: bool = False,
+            crop_padding: int = 0,
+            hflip: float = 0.,
+            seed: int = 0,
+            device: torch.device | str = 'cpu',
+            rank: int = 0,
+            world_size: int = 1,
+    ):
+        if training and len(labels) < batch_size * world_size:
+            raise ValueError(
+                f'batch_size {batch_size} (times {world_size} processes) exceeds the {len(labels)} training images.')
+        # The layout of channels_last, of which a crop copies whole pixels.
+        self.pixels = images.permute(0, 2, 3, 1).contiguous().to(device)
+        self.labels = labels.to(device)
+        self.batch_size = batch_size
+        self.scale = 1 / (255 * torch.tensor(std, device=device))
+        self.shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+        self.training = training
+        self.crop_padding = crop_padding
+        self.hflip = hflip
+        self.seed = seed
+        self.device = torch.device(device)
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order and augmentation come next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        size = self.batch_size * self.world_size
+        if self.training:
+            return len(self.labels) // size
+        # Without collectives in evaluation, processes may have different numbers of batches.
+        return math.ceil((len(self.labels) - self.rank * self.batch_size) / size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        count = len(self.labels)
+        starts = [(batch * self.world_size + self.rank) * self.batch_size for batch in range(len(self))]
+        if not self.training:
+            for start in starts:
+                chosen = slice(start, start + self.batch_size)
+                yield self._normalize(self.pixels[chosen]), self.labels[chosen]
+            return
+        state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1).item()
+        generator = torch.Generator().manual_seed(state)
+        order = torch.randperm(count, generator=generator).to(self.device)
+        offsets = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=generator).to(self.device)
+        flips = (torch.rand(count, generator=generator) < self.hflip).to(self.device)
+        for start in starts:
+            part = slice(start, start + self.batch_size)
+            chosen = order[part]
+            yield self._normalize(self._crop_flip(self.pixels[chosen], offsets[part], flips[part])), self.labels[chosen]
+
+    def _crop_flip(self, pixels: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+        count, height, width, _ = pixels.shape
+        padding = self.crop_padding
+        pixels = F.pad(pixels, [0, 0, padding, padding, padding, padding])
+        rows = torch.arange(height, device=self.device) + offsets[:, :1]
+        columns = torch.arange(width, device=self.device).expand(count, width)
+        columns = torch.where(flips[:, None], width - 1 - columns, columns) + offsets[:, 1:]
+        batch = torch.arange(count, device=self.device)[:, None, None]
+        return pixels[batch, rows[:, :, None], columns[:, None, :]]
+
+    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.shift, pixels.float(), self.scale).permute(0, 3, 1, 2)

@@ -1,0 +1,213 @@
+"""Training recipes: their keys, and the files that hold them."""
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from .losses import OBJECTIVES
+
+__all__ = ['RECIPES', 'TrainConfig', 'image_preparation', 'read_recipe']
+
+RECIPES = Path(__file__).parents[1] / 'recipes'
+
+# Keys, what their values must be, and the test of each number. A key without a value is always in range.
+_RANGES = (
+    (
+        ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'max_train_images', 'num_classes', 'img_size'),
+        'at least 1', lambda x: x >= 1,
+    ),
+    (('num_workers', 'crop_padding', 'seed'), 'at least 0', lambda x: x >= 0),
+    (('val_fraction', 'smoothing', 'ema_decay'), 'at least 0 and below 1', lambda x: 0 <= x < 1),
+    (('hflip', 'alpha'), 'from 0 to 1', lambda x: 0 <= x <= 1),
+    (('scale', 'crop_pct'), 'above 0 and at most 1', lambda x: 0 < x <= 1),
+    (('std', 'temperature', 'clip_grad'), 'above 0 and finite', lambda x: 0 < x < math.inf),
+    (('mean',), 'finite', math.isfinite),
+    (
+        ('lr', 'momentum', 'weight_decay', 'warmup_epochs', 'warmup_lr', 'min_lr', 'decay_rate', 'color_jitter',
+         'mixup', 'cutmix'),
+        'at least 0 and finite', lambda x: 0 <= x < math.inf,
+    ),
+)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The keys of a recipe.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of range.
+    """
+
+    # Data
+    dataset: str = ''  # timm's name: '' for an image folder, 'torch/cifar10', 'hfds/...', 'wds/...'; or 'digits'
+    data_dir: str | None = None  # folder of the data
+    train_split: str = 'train'
+    val_split: str = 'validation'  # split that is evaluated after each epoch
+    val_fraction: float = 0.  # if not 0, evaluate on this seeded part of the training split instead
+    max_train_images: int | None = None  # train on a seeded choice of so many images
+    num_classes: int | None = None  # what the data set must have; needed for data sets that do not tell
+    download: bool = False  # fetch the data set if timm can
+    unreadable: str = 'error'  # images that cannot be read: 'error' stops, 'skip' names, counts and skips them
+    in_memory: bool = False  # decode all images once and augment in batches; for small images of one size
+    num_workers: int = 2  # processes that decode images
+    img_size: int | None = None  # pixels; the model's own if None
+    in_chans: int = 3  # 1 for grey images
+    crop_pct: float | None = None  # part of the resized image that is evaluated: the model's own if None, in memory 1
+    mean: tuple[float, ...] | None = None  # normalisation; the model's own if None
+    std: tuple[float, ...] | None = None
+
+    # Augmentation
+    hflip: float = 0.5  # probability of a horizontal flip
+    crop_padding: int = 4  # in memory: pixels of zero padding before the random crop
+    scale: tuple[float, float] = (0.08, 1.)  # not in memory: area of the random resized crop
+    color_jitter: float = 0.  # not in memory
+    mixup: float = 0.  # alpha of mixup
+    cutmix: float = 0.  # alpha of cutmix
+    smoothing: float = 0.  # label smoothing
+
+    # Model and objective
+    model: str = 'hne_resnet50_c8'
+    model_kwargs: dict = field(default_factory=dict)  # arguments of the model, such as nodes: [1, 1, 1, 16, 16]
+    pretrained: bool = False  # start from the published weights of the model, fitted to classes, channels and nodes
+    initial_checkpoint: str = ''  # start from these weights instead
+    objective: str = 'hierarchical_codistillation'
+    alpha: float = 0.5  # weight of the distillation term
+    temperature: float = 2.
+
+    # Optimisation
+    epochs: int = 200
+    batch_size: int = 128  # of one process
+    grad_accum_steps: int = 1  # batches of one update
+    opt: str = 'momentum'  # timm's name; 'momentum' is plain SGD with momentum, 'sgd' has Nesterov's
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    filter_bias_and_bn: bool = True  # keep weight decay off biases and normalisation
+    opt_kwargs: dict = field(default_factory=dict)  # further arguments of the optimizer
+    clip_grad: float | None = None  # greatest norm of the gradient
+    sched: str = 'cosine'  # 'cosine', 'multistep', 'constant', or 'cyclic' (Mehta et al., 2019)
+    warmup_epochs: float = 0.
+    warmup_lr: float = 1e-5
+    min_lr: float = 0.
+    decay_milestones: tuple[int, ...] = (60, 90, 110, 125, 135, 145)  # of 'cyclic' and 'multistep'
+    decay_rate: float = 0.5
+    ema_decay: float = 0.  # if not 0, evaluate the exponential moving average of the weights
+    ema_warmup: bool = True  # let the decay grow with the number of updates
+
+    # Run
+    seed: int = 0
+    device: str = 'auto'  # 'cuda' if there is one, else 'cpu'
+    amp: bool = False
+    amp_dtype: str = 'bfloat16'  # or 'float16', which scales the loss
+    channels_last: bool = True
+    compile: bool = False  # torch.compile
+    sync_bn: bool = False  # normalise over all processes
+    output_dir: str = 'output'  # checkpoints and logs
+    resume: bool = False  # continue the run in `output_dir`, if there is one
+    log_interval: int = 20  # updates between two looks at the losses
+    progress: bool = True  # show a progress bar
+
+    def __post_init__(self):
+        for key in fields(self):
+            setattr(self, key.name, _coerce(key.name, key.type, getattr(self, key.name)))
+        choices = {
+            'objective': OBJECTIVES,
+            'sched': ('cosine', 'multistep', 'constant', 'cyclic'),
+            'unreadable': ('error', 'skip'),
+            'amp_dtype': ('bfloat16', 'float16'),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {getattr(self, name)!r}.')
+        for names, allowed, fits in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not all(map(fits, value if isinstance(value, tuple) else (value,))):
+                    raise ValueError(f'{name} must be {allowed}, got {value}.')
+        if self.in_chans not in (1, 3):
+            raise ValueError(f'in_chans must be 1 or 3, got {self.in_chans}.')
+        if len(self.scale) != 2 or self.scale[0] > self.scale[1]:
+            raise ValueError(f'scale must be two numbers, the smaller first, got {self.scale}.')
+        for name in ('num_classes', 'in_chans', 'pretrained'):
+            if name in self.model_kwargs:
+                raise ValueError(f'model_kwargs must not hold {name}, use the key {name}.')
+        if self.pretrained and self.initial_checkpoint:
+            raise ValueError(
+                f'only one of pretrained and initial_checkpoint may be given, got {self.initial_checkpoint!r}.')
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f'batch_size must be even for mixup and cutmix, got {self.batch_size}.')
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> 'TrainConfig':
+        """Create a configuration from a recipe's keys.
+
+        Raises:
+            ValueError: A key is unknown; the message names the nearest one.
+        """
+        known = [key.name for key in fields(cls)]
+        for name in values:
+            if name not in known:
+                nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.)[0]
+                raise ValueError(f'unknown key {name!r} in the recipe, did you mean {nearest!r}?')
+        return cls(**values)
+
+
+def image_preparation(in_memory: bool, crop_pct: float | None) -> dict[str, Any]:
+    """Return how images are prepared for validation, and so for any evaluation later, in timm's names.
+
+    Args:
+        in_memory: Whether they are kept in memory. Then they are seen whole, whatever the model's own `crop_pct` is.
+        crop_pct: Part of the image that is seen otherwise.
+    """
+    return {'crop_pct': 1. if in_memory else crop_pct, 'crop_mode': 'center', 'interpolation': 'bilinear'}
+
+
+def _coerce(name: str, annotation: Any, value: Any) -> Any:
+    """Bring a value, as YAML reads it, to its declared type."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if value is None and NoneType in kinds:
+        return None
+    kind = get_origin(kinds[0]) or kinds[0]
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-5 as a string
+        except ValueError:
+            pass
+    elif kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(name, get_args(kinds[0])[0], item) for item in value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    expected = getattr(annotation, '__name__', annotation)
+    raise TypeError(f'{name} must be of type {expected}, got {value!r} of type {type(value).__name__}.')
+
+
+def read_recipe(name: str, folder: Path = RECIPES, above: tuple[Path, ...] = ()) -> dict:
+    """Read a recipe from a path, or by its name in `timm_hne/recipes`.
+
+    The key `base` names another recipe, beside it, whose keys it takes over; `above` are the recipes that led here.
+
+    Raises:
+        FileNotFoundError: There is no such recipe; the message lists those that there are.
+        ValueError: The file holds no keys, or a recipe is its own base.
+    """
+    path = next((path for path in (Path(name), folder / name) if path.is_file()), None)
+    if path is None:
+        known = ', '.join(sorted(path.name for path in RECIPES.glob('*.yaml')))
+        raise FileNotFoundError(f'there is no recipe {name!r}; {RECIPES} has {known}.')
+    above = *above, path.resolve()
+    if above[-1] in above[:-1]:
+        raise ValueError(f'recipe {path} is its own base: {" -> ".join(step.name for step in above)}.')
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except yaml.YAMLError as error:
+        raise ValueError(f'recipe {path} is not YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f'recipe {path} must hold keys and values.')
+    base = recipe.pop('base', None)
+    return {**(read_recipe(base, path.parent, above) if base else {}), **recipe}

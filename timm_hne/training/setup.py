@@ -1,0 +1,94 @@
+"""What a run is built of: its data and its model, checked against each other before any epoch."""
+from dataclasses import replace
+
+from timm.data import resolve_data_config
+from timm.models import create_model
+from torch.utils.data import Dataset, IterableDataset
+
+from ..models.ensemble import HierarchicalEnsemble
+from .checkpoint import RunCheckpoint
+from .datasets import create_datasets
+from .recipe import TrainConfig, image_preparation
+
+__all__ = ['create_trained_model', 'open_data']
+
+
+def open_data(config: TrainConfig) -> tuple[Dataset, Dataset, list[str] | None, int]:
+    """Open the images of a run.
+
+    Returns:
+        Training images, validation images, the names of the classes if the data tell, and their number.
+
+    Raises:
+        FileNotFoundError: The data are not there.
+        ValueError: They do not fit the configuration.
+    """
+    train_set, val_set, label_names = create_datasets(
+        config.dataset,
+        config.data_dir,
+        config.train_split,
+        config.val_split,
+        val_fraction=config.val_fraction,
+        max_train_images=config.max_train_images,
+        unreadable=config.unreadable,
+        download=config.download,
+        in_chans=config.in_chans,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    if isinstance(train_set, IterableDataset):
+        _check_streamed(config)
+    num_classes = len(label_names) if label_names else config.num_classes
+    if num_classes is None:
+        raise ValueError(f'num_classes must be given for the data set {config.dataset!r}, which does not tell.')
+    if config.num_classes not in (None, num_classes):
+        raise ValueError(
+            f'the recipe is for {config.num_classes} classes (num_classes), the data have {num_classes}: '
+            f'dataset {config.dataset!r} in {config.data_dir}.')
+    return train_set, val_set, label_names, num_classes
+
+
+def _check_streamed(config: TrainConfig) -> None:
+    """Refuse what cannot be done with a data set that is a stream."""
+    for name, wrong, allowed, reason in (
+            ('in_memory', config.in_memory, 'false', ''),
+            ('unreadable', config.unreadable != 'skip', 'skip', ', whose reader passes over what it cannot read'),
+            ('num_workers', not config.num_workers, 'at least 1', ', or a resumed run would see other images'),
+    ):
+        if wrong:
+            raise ValueError(
+                f'{name} must be {allowed} for the streamed data set {config.dataset!r}{reason}, '
+                f'got {getattr(config, name)}.')
+
+
+def create_trained_model(config: TrainConfig, num_classes: int) -> tuple[HierarchicalEnsemble, TrainConfig]:
+    """Create the model, and complete the configuration by what follows from it."""
+    overlay = {name: getattr(config, name) for name in ('mean', 'std') if getattr(config, name) is not None}
+    if config.img_size is not None:
+        overlay['input_size'] = (config.in_chans, config.img_size, config.img_size)
+    model = create_model(
+        config.model,
+        pretrained=config.pretrained,
+        num_classes=num_classes,
+        in_chans=config.in_chans,
+        pretrained_cfg_overlay=overlay,
+        **config.model_kwargs,
+    )
+    if not isinstance(model, HierarchicalEnsemble):
+        raise TypeError(
+            f'objective {config.objective!r} needs a hierarchical ensemble as its model, {config.model!r} is a '
+            f'{type(model).__name__}. Other models are trained by timm\'s own train.py.')
+    if config.initial_checkpoint:
+        RunCheckpoint.read(config.initial_checkpoint, 'initial_checkpoint').load_into(model)
+    data_config = resolve_data_config({'in_chans': config.in_chans}, model=model)
+    for name in ('mean', 'std'):
+        if len(data_config[name]) != config.in_chans:
+            raise ValueError(f'{name} must have {config.in_chans} value(s), as in_chans, got {data_config[name]}.')
+    return model, replace(
+        config,
+        num_classes=num_classes,
+        img_size=data_config['input_size'][-1],
+        crop_pct=image_preparation(config.in_memory, data_config['crop_pct'])['crop_pct'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+    )

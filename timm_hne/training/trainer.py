@@ -1,0 +1,316 @@
+"""Training of hierarchical neural ensembles, built from timm's parts.
+
+`train(TrainConfig(...))` is all there is: `timm-hne demo` and `train_scripts/train.py` call it.
+"""
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from filelock import FileLock, Timeout
+from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2
+from timm.task import evaluation_sample_limit
+from timm.utils import NativeScaler, distribute_bn, init_distributed_device, random_seed
+from torch.utils.data import IterableDataset
+from tqdm import tqdm
+
+from ..models.ensemble import HierarchicalEnsemble
+from ..prefix import prefix_means
+from ..process import keep_freed_memory
+from ..tree import prefixes
+from .checkpoint import CheckpointWriter, RunCheckpoint
+from .epoch_losses import EpochLosses, NonFiniteLossError
+from .loader import create_image_loader, seed_epoch
+from .recipe import TrainConfig
+from .scheduler import create_scheduler
+from .setup import create_trained_model, open_data
+from .summary import Summary
+from .task import HNETask
+
+__all__ = ['NonFiniteLossError', 'TrainConfig', 'TrainResult', 'train']
+
+_logger = logging.getLogger(__name__)
+
+# Seconds to wait for another run to leave the output folder.
+LOCK_PATIENCE = 10
+
+
+@dataclass
+class TrainResult:
+    """What a training run leaves.
+
+    Attributes:
+        model: The trained ensemble in evaluation mode; the moving average if there is one.
+        top1: Accuracy in percent on the validation images with the first 1, 2, 4, ..., N members.
+        checkpoint: File with the last checkpoint, which `timm.create_model(..., checkpoint_path=...)` reads.
+        summary: CSV file with a row per epoch.
+        images_per_second: Speed of training in the last epoch, of all processes together.
+        history: The epochs of this process, with the names of the CSV file.
+    """
+
+    model: HierarchicalEnsemble
+    top1: dict[int, float]
+    checkpoint: Path
+    summary: Path
+    images_per_second: float
+    history: list[dict[str, float]]
+
+
+def train(config: TrainConfig, keep_memory: bool = False) -> TrainResult:
+    """Train an ensemble and evaluate it after each epoch; under `torchrun`, by all processes together.
+
+    A run that was interrupted, however abruptly, continues from its last checkpoint with `resume`, to the same losses
+    as if it had not been. While it runs, no other run can use its output folder.
+
+    Args:
+        config: The recipe.
+        keep_memory: On a CPU, let the whole process keep freed memory from now on, which makes training faster; see
+            `timm_hne.process.keep_freed_memory`. The commands do.
+
+    Raises:
+        FileNotFoundError: The data are not there.
+        FileExistsError: `output_dir` holds another run, or one that is going on.
+        NonFiniteLossError: The loss became infinite or not a number. The last checkpoint, if any, is from before.
+        TypeError: The model is no hierarchical ensemble.
+        ValueError: The data, the checkpoint and the configuration do not fit together.
+    """
+    name = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    world = SimpleNamespace(device=name)
+    device = init_distributed_device(world)
+    if keep_memory and device.type == 'cpu':
+        keep_freed_memory()
+    try:
+        with _locked(Path(config.output_dir)) if world.rank == 0 else nullcontext():
+            return _Run(config, device, world.rank, world.world_size).run()
+    finally:
+        if world.distributed:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an output folder. The system ends this with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # Worker processes of a run that was killed may hold its lock for some seconds.
+        lock = FileLock(folder / '.lock').acquire(timeout=LOCK_PATIENCE)
+    except Timeout as error:
+        raise FileExistsError(f'output_dir {folder} is in use by a run that is going on; choose another.') from error
+    with lock:
+        yield
+
+
+class _Run:
+    """One training run: everything is built and checked by the constructor, before any epoch."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, rank: int, world_size: int):
+        self.device, self.rank, self.world_size = device, rank, world_size
+        self.output_dir = Path(config.output_dir)
+        checkpoint = RunCheckpoint.newest(self.output_dir, config.resume)
+        random_seed(config.seed)
+        train_set, val_set, label_names, num_classes = open_data(config)
+        resize = config.img_size is not None
+        model, config = create_trained_model(config, num_classes)
+        self.config = config
+        if checkpoint is not None:
+            checkpoint.check_same_run(config, label_names)
+        if config.sync_bn:
+            model = convert_sync_batchnorm(model)
+        self.model = model.to(device, memory_format=torch.channels_last if config.channels_last else None)
+
+        mixed = config.mixup > 0 or config.cutmix > 0
+        self.mixup = Mixup(
+            config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=config.num_classes,
+        ) if mixed else None
+        self.task = HNETask(
+            model,
+            criterion_kwargs=dict(smoothing=config.smoothing, soft_targets=mixed),
+            objective=config.objective,
+            alpha=config.alpha,
+            temperature=config.temperature,
+            device=device,
+            verbose=rank == 0,
+        )
+        self.optimizer = create_optimizer_v2(
+            self.task.get_trainable_module(),
+            opt=config.opt,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            filter_bias_and_bn=config.filter_bias_and_bn,
+            **config.opt_kwargs,
+        )
+        self.scaler = NativeScaler(device.type) if config.amp and config.amp_dtype == 'float16' else None
+
+        self.start_epoch = 0
+        if checkpoint is not None:
+            self.start_epoch = checkpoint.restore(self.task, self.optimizer, self.scaler)
+        if config.ema_decay:
+            self.task.setup_ema(decay=config.ema_decay, use_warmup=config.ema_warmup)
+            if checkpoint is not None:
+                checkpoint.restore_average(self.task)
+        # Evaluated without the wrapper of DDP, which would wait for processes that have fewer batches.
+        self.evaluated = self.task.get_trainable_module(ema=bool(config.ema_decay))
+        if config.compile:
+            self.task.compile()
+            self.evaluated = torch.compile(self.evaluated)
+        if world_size > 1:
+            self.task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
+
+        self.train_set, self.val_set = train_set, val_set
+        self.train_loader, self.val_loader = (
+            create_image_loader(dataset, config, training, resize, device, rank, world_size)
+            for dataset, training in ((train_set, True), (val_set, False)))
+        self.updates_per_epoch = len(self.train_loader) // config.grad_accum_steps
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f'batch_size {config.batch_size} * grad_accum_steps {config.grad_accum_steps} * {world_size} '
+                f'process(es) exceeds the {len(train_set)} training images.')
+        self.scheduler = create_scheduler(self.optimizer, config, self.updates_per_epoch)
+
+        self.writer = self.summary = None
+        if rank == 0:
+            self.writer = CheckpointWriter(
+                self.output_dir, model, self.task, self.optimizer, self.scaler, config, label_names, checkpoint)
+            self.summary = Summary(self.output_dir, self.start_epoch)
+
+    def run(self) -> TrainResult:
+        history = []
+        row, metrics = {'images_per_second': math.nan}, None
+        for epoch in range(self.start_epoch, self.config.epochs):
+            row = self._train_epoch(epoch)
+            if self.world_size > 1:
+                for ema in (False, True)[:1 + self.task.has_ema()]:
+                    distribute_bn(self.task.get_trainable_module(ema=ema), self.world_size, reduce=True)
+            metrics = self._evaluate()
+            self._check_weights(epoch)
+            named = {**{f'train_{k}': v for k, v in row.items()}, **{f'eval_{k}': v for k, v in metrics.items()}}
+            history.append({'epoch': epoch, **named})
+            self._report(epoch, row, metrics)
+        metrics = metrics or self._evaluate()  # a finished run, continued
+        ensemble = self.task.get_eval_model(ema=self.task.has_ema())
+        return TrainResult(
+            model=getattr(ensemble, '_orig_mod', ensemble).eval(),
+            top1={n: metrics[f'top1_{n}'] for n in prefixes(self.model.ensemble_size)},
+            checkpoint=self.output_dir / CheckpointWriter.LAST,
+            summary=self.output_dir / Summary.NAME,
+            images_per_second=row['images_per_second'],
+            history=history,
+        )
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, getattr(torch, self.config.amp_dtype), enabled=self.config.amp)
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        config, task = self.config, self.task
+        seed_epoch(config.seed, epoch, self.rank)
+        for part in (self.train_loader, getattr(self.train_loader, 'sampler', None), self.train_set):
+            if hasattr(part, 'set_epoch'):
+                part.set_epoch(epoch)
+        task.get_trainable_module().train()
+        step = epoch * self.updates_per_epoch
+        self.scheduler.step(epoch)
+        self.scheduler.step_update(step)
+        batches = iter(self.train_loader)
+        losses = EpochLosses(epoch)
+        started = time.perf_counter()
+        bar = tqdm(
+            range(self.updates_per_epoch),
+            desc=f'epoch {epoch + 1}/{config.epochs}',
+            disable=self.rank != 0 or not config.progress,
+            leave=False,
+        )
+        for update in bar:
+            for accumulated in range(1, config.grad_accum_steps + 1):
+                batch = next(batches, None)
+                if batch is None:
+                    raise RuntimeError(
+                        'the data set has fewer batches than it announced; there must not be more num_workers, of all '
+                        'processes, than shards.')
+                images, target = batch
+                self._backward(images, target, accumulated == config.grad_accum_steps, losses, step)
+            step += 1
+            task.update_ema(step=step)
+            self.scheduler.step_update(step)
+            if (update + 1) % config.log_interval == 0 or update + 1 == self.updates_per_epoch:
+                mean = losses.check()
+                elapsed = time.perf_counter() - started
+                speed = (update + 1) * config.grad_accum_steps * config.batch_size * self.world_size / elapsed
+                bar.set_postfix_str(f'loss {mean["loss"]:.4g}, {speed:.0f} images/s')
+        return {**mean, 'images_per_second': speed}
+
+    def _backward(self, images, target, update: bool, losses: EpochLosses, step: int) -> None:
+        """Add a batch's gradients, and update the weights if it is the last of its update."""
+        config = self.config
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.mixup is not None:
+            images, target = self.mixup(images, target)
+        with nullcontext() if update else self.task.no_sync():
+            with self._autocast():
+                output = self.task(images, target)
+            losses.add(output, step, self.optimizer.param_groups[0]['lr'])
+            loss = output['loss'] / config.grad_accum_steps
+            parameters = self.task.get_clip_parameters()
+            if self.scaler is not None:
+                self.scaler(loss, self.optimizer, config.clip_grad, parameters=parameters, need_update=update)
+            else:
+                loss.backward()
+                if update:
+                    if config.clip_grad is not None:
+                        nn.utils.clip_grad_norm_(parameters, config.clip_grad)
+                    self.optimizer.step()
+        if update:
+            self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate all nested ensembles in one pass over the validation images."""
+        self.evaluated.eval()
+        limit = evaluation_sample_limit(self.val_loader)
+        sizes = prefixes(self.model.ensemble_size)
+        evaluators = {n: self.task.create_evaluator(max_samples=limit) for n in sizes}
+        for images, target in self.val_loader:
+            if self.config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with self._autocast():
+                member_logits = self.evaluated(images)
+            readable = target >= 0
+            outputs = prefix_means(member_logits.float())[readable]
+            for index, evaluator in enumerate(evaluators.values()):
+                evaluator.update(outputs[:, index], target[readable])
+        results = {n: evaluator.compute(distributed=self.world_size > 1) for n, evaluator in evaluators.items()}
+        return {**{f'top1_{n}': results[n]['top1'] for n in sizes}, 'loss': results[sizes[-1]]['loss']}
+
+    def _check_weights(self, epoch: int) -> None:
+        """Raise a NonFiniteLossError if the last update has broken the weights, before they are saved."""
+        for name, tensor in self.task.get_trainable_module().state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                kept = ' The last checkpoint is from before.' if epoch else ''
+                raise NonFiniteLossError(
+                    f'{name} is not finite at the end of epoch {epoch + 1}, at learning rate '
+                    f'{self.optimizer.param_groups[0]["lr"]:g}.{kept} A lower lr, warmup_epochs or clip_grad may help.')
+
+    def _report(self, epoch: int, row: dict[str, float], metrics: dict[str, float]) -> None:
+        for kind, dataset in (('training', self.train_set), ('validation', self.val_set)):
+            files = [] if isinstance(dataset, IterableDataset) else dataset.bad_files()
+            if files:
+                _logger.warning(f'{len(files)} unreadable {kind} images skipped so far: {", ".join(files[:10])}')
+        if self.rank != 0:
+            return
+        top1 = ', '.join(f'{n}: {metrics[f"top1_{n}"]:.2f}' for n in prefixes(self.model.ensemble_size))
+        _logger.info(
+            f'epoch {epoch + 1}: loss {row["loss"]:.4g}, {row["images_per_second"]:.0f} images/s, top-1 % with n '
+            f'members {top1}')
+        self.summary.add(epoch, row, metrics, self.optimizer.param_groups[0]['lr'])
+        # Last, so that a run that is killed in between repeats the epoch and drops its row.
+        self.writer.save(epoch)
