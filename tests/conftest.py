@@ -1,1 +1,13 @@
+import os
+
+import torch
 from hub_server import hub  # noqa: F401
+
+
+def pytest_configure(config):
+    """Give every worker of `pytest -n` its share of the processor, and the processes that it starts as well."""
+    workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
+    if workers > 1:
+        threads = max(1, os.cpu_count() // workers)
+        torch.set_num_threads(threads)
+        os.environ['OMP_NUM_THREADS'] = str(threads)

@@ -385,7 +385,8 @@ class Handler(BaseHTTPRequestHandler):
         return 200, dict(errors=[], warnings=warnings)
 
     def preupload(self, repo_id: str, revision: str):
-        current = self.commit_at(self.repo(repo_id, write=True), revision).files
+        pull_request = parse_qs(self.url.query).get('create_pr') == ['1']
+        current = self.commit_at(self.repo(repo_id, write=not pull_request), revision).files
         return 200, dict(files=[
             dict(
                 path=file['path'],
@@ -397,7 +398,9 @@ class Handler(BaseHTTPRequestHandler):
         ])
 
     def lfs_batch(self, repo_id: str):
-        self.repo(repo_id, write=True)
+        # The client names no branch for a pull request, to which everybody may upload.
+        self.repo(repo_id, write='ref' in json.loads(self.body))
+        self.user(write=True)
         objects = []
         for wanted in json.loads(self.body)['objects']:
             actions = dict(
@@ -414,14 +417,17 @@ class Handler(BaseHTTPRequestHandler):
         return 200, b''
 
     def lfs_verify(self, repo_id: str):
-        self.repo(repo_id, write=True)
+        self.repo(repo_id)
+        self.user(write=True)
         wanted = json.loads(self.body)
         if len(self.hub.objects.get(wanted['oid'], b'')) != wanted['size']:
             raise HubError(404, 'object not found')
         return 200, {}
 
     def commit(self, repo_id: str, revision: str):
-        repo = self.repo(repo_id, write=True)
+        pull_request = parse_qs(self.url.query).get('create_pr') == ['1']
+        repo = self.repo(repo_id, write=not pull_request)
+        self.user(write=True)
         if revision not in repo.history:
             raise HubError(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
         head = self.commit_at(repo, revision)
@@ -444,8 +450,15 @@ class Handler(BaseHTTPRequestHandler):
                 del files[value['path']]
             else:
                 raise HubError(400, f'unknown operation {key}')
+        answer = {}
+        if pull_request:
+            number = sum(branch.startswith('refs/pr/') for branch in repo.history) + 1
+            revision = f'refs/pr/{number}'
+            repo.history[revision] = [head]
+            answer['pullRequestUrl'] = f'{self.hub.url}/{repo_id}/discussions/{number}'
         new = repo.commit(revision, title, files)
-        return 200, dict(success=True, commitOid=new.oid, commitUrl=f'{self.hub.url}/{repo_id}/commit/{new.oid}')
+        url = f'{self.hub.url}/{repo_id}/commit/{new.oid}'
+        return 200, dict(success=True, commitOid=new.oid, commitUrl=url, **answer)
 
 
 REPO = r'([^/]+/[^/]+)'

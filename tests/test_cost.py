@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_hne.__main__ import main
-from timm_hne.cost import cost_table, member_macs
+from timm_hne.evaluation.cost import cost_table, member_macs
 from timm_hne.tree import node_span
 
 

@@ -11,20 +11,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_loader
-from torch.utils.data import TensorDataset
+from timm.data.readers.img_extensions import add_img_extensions, del_img_extensions
+from torch.utils.data import IterableDataset, TensorDataset
 
-from timm_hne.data import (
-    DIGITS,
-    ImageSubset,
-    MemoryLoader,
-    UnreadableImageError,
-    create_datasets,
-    create_image_loader,
-    load_into_memory,
-    open_dataset,
-    seed_epoch,
-)
-from timm_hne.recipe import TrainConfig
+from timm_hne.training.datasets import DIGITS, ImageSubset, UnreadableImageError, create_datasets, open_dataset
+from timm_hne.training.loader import create_image_loader, seed_epoch
+from timm_hne.training.memory_loader import MemoryLoader, load_into_memory
+from timm_hne.training.recipe import TrainConfig
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -204,6 +197,117 @@ def test_validation_may_lack_a_class_without_shifting_labels(folder):
     (folder / 'val' / 'a').rmdir()
     _, val, _ = open_folder(folder)
     assert load_into_memory(val, 4)[1].tolist() == [1, 1]
+
+
+DEEP = 100 + 37 * np.arange(16, dtype=np.uint16).reshape(4, 4) * 64  # 16 bits; most are above 255
+
+
+@pytest.fixture
+def deep_images(tmp_path):
+    """The same 16-bit image in every format that has them, by the paths of timm's readers."""
+    for name in ('train/a/0.png', 'train/b/0.png', 'test/a/0.png', 'test/b/0.png'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(DEEP).save(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize('name', ['', 'torch/folder', 'hfds', 'wds'])
+@pytest.mark.parametrize('in_chans', [1, 3])
+def test_16_bits_a_channel(deep_images, tmp_path, name, in_chans):
+    """Pillow makes all of them white that are above 255."""
+    pytest.importorskip({'wds': 'webdataset', 'hfds': 'datasets'}.get(name, 'torch'))
+    if name == 'hfds':
+        name = f'hfds/{deep_images}'
+    elif name == 'wds':
+        name = 'wds/shards'
+        with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
+            for suffix, data in (('png', (deep_images / 'train/a/0.png').read_bytes()), ('cls', b'0')):
+                member = tarfile.TarInfo(f'0.{suffix}')
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        info = {'name': 'train', 'num_samples': 1, 'filenames': ['train.tar'], 'shard_lengths': [1]}
+        (tmp_path / '_info.json').write_text(json.dumps({'splits': {'train': info}}))
+    root = deep_images / 'train' if name == 'torch/folder' else deep_images
+    dataset = open_dataset(name, str(root), 'train', in_chans)
+    if isinstance(dataset, IterableDataset):
+        image, _ = next(iter(dataset))
+    else:
+        subset = ImageSubset(dataset, None, 'error', training=False)
+        image, _ = subset[0]
+        images, _ = load_into_memory(subset, 4)
+        assert torch.equal(images[0, 0], torch.from_numpy((DEEP >> 8).astype(np.uint8)))
+    assert image.mode == ('L' if in_chans == 1 else 'RGB')
+    assert np.array_equal(np.asarray(image.convert('L')), DEEP >> 8)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'int32'])
+def test_images_of_which_nobody_knows_what_is_white(folder, dtype):
+    Image.fromarray(np.ones((4, 4), dtype=dtype)).save(folder / 'train' / 'a' / '2.tif')
+    add_img_extensions('.tif')
+    try:
+        train, _, _ = open_folder(folder)
+    finally:
+        del_img_extensions('.tif')
+    with pytest.raises(UnreadableImageError, match=r'a/2\.tif: .* mode [IF]'):
+        train[2 + 1]
+
+
+def test_pictures_are_turned_upright_as_in_prediction(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    path = folder / 'train' / 'a' / '0.png'
+    picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    train, _, _ = open_folder(folder)
+    assert np.array_equal(np.asarray(train[0][0]), np.asarray(picture))
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_an_image_in_no_class_folder_is_left_out_and_named(folder, caplog, split):
+    """timm would make it a class without a name, the first one, and shift all labels."""
+    Image.new('RGB', (4, 4)).save(folder / split / 'stray.PNG')
+    train, val, names = open_folder(folder)
+    assert names == ['a', 'b']
+    assert load_into_memory(train, 4)[1].tolist() == [0] * 6 + [1] * 6
+    assert load_into_memory(val, 4)[1].tolist() == [0, 0, 1, 1]
+    assert [record.message for record in caplog.records if 'stray.PNG' in record.message]
+    alone = open_dataset('', str(folder), split)
+    assert alone.reader.class_to_idx == {'a': 0, 'b': 1}
+    assert open_dataset('', str(folder / split), 'validation').reader.class_to_idx == {'a': 0, 'b': 1}
+
+
+def test_images_without_class_folders(folder):
+    for name in 'ab':
+        for path in (folder / 'train' / name).iterdir():
+            path.rename(folder / 'train' / f'{name}{path.name}')
+        (folder / 'train' / name).rmdir()
+    with pytest.raises(FileNotFoundError, match=r'train .*no folders of classes'):
+        open_folder(folder)
+
+
+def test_a_link_to_a_folder_that_contains_it(folder):
+    (folder / 'train' / 'a' / 'again').symlink_to(folder / 'train' / 'b', target_is_directory=True)
+    assert len(open_folder(folder)[0]) == 18  # a link alone is no loop
+    (folder / 'train' / 'b' / 'loop').symlink_to(folder / 'train' / 'a', target_is_directory=True)
+    with pytest.raises(ValueError, match=r'again/loop|loop/again'):
+        open_folder(folder)
+    (folder / 'train' / 'b' / 'loop').unlink()
+    (folder / 'train' / 'a' / 'again').unlink()
+    (folder / 'train' / 'a' / 'up').symlink_to(folder / 'train', target_is_directory=True)
+    with pytest.raises(ValueError, match='a/up'):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_a_worker_names_an_unreadable_image_in_one_line(folder, in_memory, monkeypatch):
+    monkeypatch.setattr('torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL', 0.1)  # else 5 s until the worker is gone
+    broken = folder / 'train' / 'a' / '2.png'
+    broken.write_bytes(broken.read_bytes()[:40])
+    train, _, _ = open_folder(folder)
+    config = TrainConfig(in_memory=in_memory, num_workers=1, batch_size=4, img_size=4, crop_pct=1., mean=MEAN, std=STD)
+    with pytest.raises(UnreadableImageError) as caught:
+        list(create_image_loader(train, config, True, False, torch.device('cpu')))
+    assert str(caught.value).startswith(f'cannot read image {broken}: ') and '\n' not in str(caught.value)
 
 
 def test_unreadable_images(folder):

@@ -5,8 +5,8 @@ import pytest
 import timm
 import torch
 
-from timm_hne import demo
 from timm_hne.__main__ import main
+from timm_hne.cli import demo
 
 
 @pytest.fixture

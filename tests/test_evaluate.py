@@ -1,4 +1,5 @@
 import argparse
+import gc
 import hashlib
 import itertools
 import json
@@ -17,18 +18,23 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.utils import CheckpointSaver
 
-import timm_hne.evaluate as evaluation
 from timm_hne.__main__ import main
-from timm_hne.checkpoints import load_checkpoint
-from timm_hne.cost import member_macs
-from timm_hne.evaluate import evaluate, to_markdown
-from timm_hne.hne_resnet import HNEResNet
+from timm_hne.cli import evaluate as command
+from timm_hne.evaluation.cost import member_macs
+from timm_hne.evaluation.evaluate import evaluate, to_markdown
+from timm_hne.images import load_image
+from timm_hne.models.hne_resnet import HNEResNet
+from timm_hne.pretrained import state_digest
+from timm_hne.training.checkpoint import RunCheckpoint, load_checkpoint
 
 NAME = 'hne_resnet50_c8'
 NODES = (1, 1, 2, 2, 4)
+OLD = Path(__file__).parent / 'data' / 'v0_1'
 CLASSES = 6
-KEYS = ['model', 'nodes', 'data', 'split', 'num_images', 'objective', 'alpha', 'epochs', 'seed', 'recipe', 'members',
-        'member_top1']
+KEYS = [
+    'model', 'nodes', 'weights_sha256', 'data', 'split', 'num_images', 'objective', 'alpha', 'epochs', 'seed', 'recipe',
+    'members', 'member_top1',
+]
 
 
 def create(seed=0, **kwargs):
@@ -149,6 +155,39 @@ def test_other_model_arguments_come_from_the_checkpoint(tmp_path):
     assert torch.equal(loaded.eval()(x), model(x))
 
 
+def test_pooling_among_the_model_arguments(tmp_path):
+    """timm's option --gp is another place for it, and may say nothing."""
+    model = create(global_pool='max')
+    x = torch.randn(2, 3, 8, 8)
+    for gp in ({}, {'gp': None}):
+        loaded, _ = load_checkpoint(save(tmp_path, model, model_kwargs={'global_pool': 'max'}, **gp))
+        assert torch.equal(loaded.eval()(x), model(x))
+
+
+def test_a_checkpoint_of_version_0_1():
+    """Its logits were written down by that version."""
+    checkpoint = RunCheckpoint.read(OLD / 'last.pth.tar')
+    expected = json.loads((OLD / 'logits.json').read_text())
+    assert checkpoint.is_finished and checkpoint.recipe['epochs'] == 3 and checkpoint.recipe['dataset'] == 'digits'
+    assert checkpoint.data_config == {
+        'img_size': 8, 'crop_pct': 1., 'crop_mode': 'center', 'interpolation': 'bilinear',
+        'mean': (0.3,), 'std': (0.35,),
+    }
+    model, images = checkpoint.create_model().eval(), torch.tensor(expected['images'])
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_members(images), torch.tensor(expected['checkpoint']))
+
+
+@pytest.mark.parametrize('place', [0.2, 0.5, 0.8])
+def test_a_changed_bit_is_found(tmp_path, model, place):
+    path = save(tmp_path, model)
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=str(path)):
+        load_checkpoint(path)
+
+
 def test_averaged_weights_are_preferred(tmp_path, model):
     path = save(tmp_path, create(seed=3), ema=model)
     loaded, _ = load_checkpoint(path)
@@ -175,10 +214,10 @@ def test_checkpoint_of_another_model(tmp_path, model, name):
 
 def test_small_checkpoint_given_as_the_large_model(tmp_path, model):
     path = save(tmp_path, model)
-    with pytest.raises(ValueError, match=r'block 0 has 8 channels, .* It says that it is of hne_resnet50_c8\.'):
+    with pytest.raises(ValueError, match=r'hne_resnet50_c16: .*blocks\.0.* of hne_resnet50_c8\.'):
         load_checkpoint(path, 'hne_resnet50_c16')
     torch.save(model.state_dict(), path)
-    with pytest.raises(ValueError, match=r'block 0 has 8 channels, which are not nodes of 16 channels each\.$'):
+    with pytest.raises(ValueError, match=r'hne_resnet50_c16: .*blocks\.0'):
         load_checkpoint(path, 'hne_resnet50_c16')
 
 
@@ -210,6 +249,7 @@ def test_command_line(tmp_path, folder, model, capsys):
     expected = dict(model=NAME, nodes=list(NODES), data='blobs', split='test', num_images=4 * CLASSES,
                     objective='codistillation', alpha=0.25, epochs=5, seed=3)
     assert {key: result[key] for key in expected} == expected
+    assert result['weights_sha256'] == state_digest(model.state_dict())
 
     files = sorted((folder / 'test').glob('*/*.png'))
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files]).permute(0, 3, 1, 2) / 255
@@ -236,7 +276,7 @@ def test_data_can_be_named(tmp_path, folder, model):
 def test_training_arguments_of_the_images_are_used(tmp_path, folder, model, monkeypatch):
     path = save(tmp_path, model, img_size=16, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     seen = []
-    monkeypatch.setattr(evaluation, 'evaluate', lambda model, loader, *args, **kwargs: seen.extend(loader) or
+    monkeypatch.setattr(command, 'evaluate', lambda model, loader, *args, **kwargs: seen.extend(loader) or
                         evaluate(model, seen))
     main(['eval', '--checkpoint', str(path), '--data-dir', str(folder), '--split', 'test', '--workers', '0'])
     images = torch.cat([images for images, _ in seen])
@@ -263,6 +303,8 @@ def test_digits(tmp_path):
     (['--data-dir', '{tmp}/two'], r'model has 6 classes, .* has 2: cat, dog'),
     (['--data-dir', '{folder}', '--split', 'test', '--batch-size', '0'], 'batch_size must be positive, got 0'),
     (['--data-dir', '{folder}', '--split', 'test', '--output', 'run.txt'], r'output must end in \.json'),
+    (['--data-dir', '{folder}', '--split', 'test', '--img-size', '0'], r'img_size .* 0'),
+    (['--data-dir', '{folder}', '--split', 'test', '--img-size', '8', '8', '8'], r'img_size .*\[8, 8, 8\]'),
     (['--dataset', 'digits'], 'digits are grey'),
     (['--dataset', 'torch/cifar10'], "data_dir must be the folder of dataset 'torch/cifar10', got None"),
     (['--dataset', 'cifar10', '--data-dir', '{folder}'], "such as torch/cifar10, got 'cifar10'"),
@@ -282,14 +324,33 @@ def test_command_line_bad_input(tmp_path, folder, model, arguments, message, cap
     assert re.search(message, errors), errors
 
 
-def test_unreadable_image_is_named(tmp_path, folder, model, capsys):
+@pytest.mark.parametrize('workers', [0, 1])
+def test_unreadable_image_is_named(tmp_path, folder, model, capsys, monkeypatch, workers):
+    monkeypatch.setattr('torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL', 0.1)  # else 5 s until the worker is gone
     path = save(tmp_path, model)
     for label in range(CLASSES):
         (tmp_path / 'data' / f'class{label}').mkdir(parents=True)
         (tmp_path / 'data' / f'class{label}' / 'broken.png').write_bytes(b'no image')
     with pytest.raises(SystemExit):
-        main(['eval', '--checkpoint', str(path), '--data-dir', str(tmp_path / 'data'), '--workers', '0'])
-    assert 'class0/broken.png' in capsys.readouterr().err
+        main(['eval', '--checkpoint', str(path), '--data-dir', str(tmp_path / 'data'), '--workers', str(workers)])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith('timm-hne eval: ') and 'class0/broken.png' in message
+    gc.collect()
+
+
+def test_16_bit_images_are_seen_as_predict_sees_them(tmp_path, monkeypatch):
+    model = create(in_chans=1, num_classes=2)
+    pixels = np.random.default_rng(0).integers(0, 65536, (8, 8)).astype(np.uint16)
+    for name in 'ab':
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / 'data' / name / '0.png')
+    path = save(tmp_path, model, mean=(0.5,), std=(0.25,), img_size=8)
+    seen = []
+    monkeypatch.setattr(command, 'evaluate', lambda model, loader, *args, **kwargs: seen.extend(loader) or
+                        evaluate(model, seen))
+    main(['eval', '--checkpoint', str(path), '--data-dir', str(tmp_path / 'data'), '--workers', '0'])
+    model.pretrained_cfg.update(mean=(0.5,), std=(0.25,), input_size=(1, 8, 8))
+    assert torch.equal(seen[0][0][:1], load_image(tmp_path / 'data' / 'a' / '0.png', model))
 
 
 def test_hub_model(tmp_path, hub, folder, model):

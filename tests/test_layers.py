@@ -6,9 +6,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 
-from timm_hne.hne_mobilenetv2 import InvertedResidual
-from timm_hne.hne_resnet import Bottleneck
-from timm_hne.layers import BranchedConv2d, BranchedLinear, ConvNormAct, TreeBlock
+from timm_hne.models.branched import BranchedBlock
+from timm_hne.models.hne_mobilenetv2 import InvertedResidual
+from timm_hne.models.hne_resnet import Bottleneck
+from timm_hne.models.layers import BranchedConv2d, BranchedDropPath, BranchedLinear, ConvNormAct
 
 TREES = [(1, 1), (1, 3), (2, 2), (2, 4), (2, 6), (3, 3), (1, 8)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -148,6 +149,30 @@ def test_linear_initialisation_is_that_of_one_node():
     assert not torch.equal(naive.rows(layer.weight, 0, 4), naive.rows(layer.weight, 1, 4))
 
 
+def test_linear_is_a_linear_layer_to_others():
+    """Who initialises, counts or converts linear layers goes by type, shape and `out_features`."""
+    layer = BranchedLinear(6, 3, 4)
+    assert isinstance(layer, nn.Linear)
+    for used, nodes in ((4, 4), (2, 2), (3, 4)):
+        part = layer.keep(used, nodes, nodes)
+        assert (part.out_features, part.in_features) == (3 * nodes, 6)
+        x = torch.randn(2, used, 6)
+        torch.testing.assert_close(part(x), layer(x, (0, used)))
+
+
+@pytest.mark.parametrize('nodes', [1, 3])
+def test_drop_path_leaves_out_the_path_of_an_image_in_a_node(nodes):
+    layer = BranchedDropPath(0.25, 4)
+    x = torch.rand(200, nodes * 4, 2, 3) + 1
+    y = layer(x).unflatten(1, (nodes, 4)).flatten(2) / x.unflatten(1, (nodes, 4)).flatten(2)
+    kept = y[..., 0] != 0
+    # All of a node or nothing, the mean as it was, and nodes independently of each other.
+    torch.testing.assert_close(y, (kept / 0.75)[..., None].expand_as(y))
+    assert 0.6 < kept.float().mean() < 0.9
+    assert nodes == 1 or (kept[:, 0] != kept[:, 1]).any()
+    assert layer.eval()(x) is x
+
+
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('kind, stride, parents, nodes', [
     *((kind, stride, *tree) for kind in ('bottleneck', 'inverted') for stride in (1, 2) for tree in TREES),
@@ -174,7 +199,7 @@ def test_residual_layers(kind, stride, parents, nodes, training):
 @pytest.mark.parametrize('grad_checkpointing', [False, True])
 def test_tree_block(grad_checkpointing):
     dd = {'device': None, 'dtype': torch.float64}
-    block = TreeBlock(
+    block = BranchedBlock(
         Bottleneck(8, 12, 2, 4, 2, True, dd), Bottleneck(12, 12, 4, 4, 1, False, dd), nodes=4, out_channels=12,
     )
     naive.randomize(block).eval()

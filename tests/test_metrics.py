@@ -7,7 +7,7 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, top_k_accuracy_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from timm_hne.metrics import (
+from timm_hne.evaluation.metrics import (
     CALIBRATION_BINS,
     EnsembleMetrics,
     logit_std,
@@ -181,3 +181,25 @@ def test_logits_that_are_not_finite():
     metrics.update(torch.full((1, 2, 3), math.nan), torch.tensor([0]))
     with pytest.raises(ValueError, match='not finite'):
         metrics.compute()
+
+
+@pytest.mark.parametrize('function', [
+    logit_std, nested_logits, mutual_information, predictive_entropy, variation_ratio,
+    lambda logits: EnsembleMetrics(2).update(logits, torch.zeros(3, dtype=torch.long)),
+    lambda logits: EnsembleMetrics(2).update(torch.zeros(3, 2, 4), logits[:, 0, 0]),
+    lambda logits: EnsembleMetrics(2).update(torch.zeros(3, 2, 4), torch.zeros(3)),
+])
+def test_arrays_and_fractions_are_refused(function):
+    with pytest.raises(TypeError, match=r'ndarray|float32'):
+        function(np.zeros((3, 2, 4), dtype=np.float32))
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.int32])
+def test_class_indices_of_any_integer_type(dtype):
+    logits, target = torch.randn(3, 2, 4), torch.tensor([0, 3, 1])
+    results = []
+    for labels in (target, target.to(dtype)):
+        metrics = EnsembleMetrics(2)
+        metrics.update(logits, labels)
+        results.append(metrics.compute())
+    assert results[0] == results[1]

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_hne import HierarchicalEnsemble, HNEMobileNetV2, HNEResNet
-from timm_hne.layers import BranchedConv2d, ConvNormAct
+from timm_hne.models.layers import BranchedConv2d, BranchedDropPath, ConvNormAct
 from timm_hne.tree import node_span, prefixes
 
 NAMES = timm.list_models('hne_*')
@@ -139,6 +139,20 @@ def test_bad_num_members(name, value, error):
 def test_bad_nodes(nodes, error):
     with pytest.raises(error, match='nodes'):
         timm.create_model('hne_resnet50_c8', nodes=nodes)
+
+
+@pytest.mark.parametrize('argument, value, error', [
+    *(('in_chans', value, ValueError) for value in (0, -1)),
+    *(('in_chans', value, TypeError) for value in (2.5, '3', True)),
+    ('num_classes', -1, ValueError),
+    *(('num_classes', value, TypeError) for value in (2.5, '3', True)),
+    *(('drop_rate', value, ValueError) for value in (-0.1, 1.1, math.nan, math.inf)),
+    ('drop_rate', '0.1', TypeError),
+])
+@every_family
+def test_bad_arguments(name, argument, value, error):
+    with pytest.raises(error, match=f'{argument}.*{value}'):
+        timm.create_model(name, device='meta', **{argument: value})
 
 
 @every_model
@@ -652,6 +666,32 @@ def test_drop_rate(name):
     dropped = hidden == 0
     assert 0.3 < dropped[expected > 0].float().mean() < 0.7
     torch.testing.assert_close(hidden[~dropped], 2 * expected[~dropped], rtol=1e-4, atol=1e-4)
+
+
+@every_family
+def test_drop_path(name):
+    model = create(name, drop_path_rate=0.5)
+    rates = [layer.drop_prob for layer in model.modules() if isinstance(layer, BranchedDropPath)]
+    assert rates == sorted(rates) and rates[0] > 0 and rates[-1] == 0.5
+    plain = create(name)
+    assert not [layer for layer in plain.modules() if isinstance(layer, BranchedDropPath)]
+    plain.load_state_dict(model.state_dict())
+    x = images(model)
+    with torch.no_grad():
+        for n in some_prefixes(model):
+            assert torch.equal(model(x, num_members=n), plain(x, num_members=n))
+        # Without the statistics of the batch, training differs by the paths that are left out alone.
+        freeze_batch_norm_2d(model).train()
+        assert not torch.equal(model(x), plain(x)) and not torch.equal(model(x), model(x))
+    model.set_grad_checkpointing()
+    model(x, num_members=3).sum().backward()
+
+
+@every_family
+@pytest.mark.parametrize('value, error', [(-0.1, ValueError), (1.1, ValueError), ('0.1', TypeError), (True, TypeError)])
+def test_bad_drop_path(name, value, error):
+    with pytest.raises(error, match=rf'drop_path_rate.*{value}'):
+        timm.create_model(name, drop_path_rate=value, device='meta')
 
 
 @every_model

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from test_hub import results_of, trained_model
 
-from timm_hne import inference
 from timm_hne.__main__ import main
-from timm_hne.predict import load_image
-from timm_hne.publishing import write_folder
+from timm_hne.hub import write_folder
+from timm_hne.images import load_image
+from timm_hne.models import anytime as anytime_module
 
 NODES = (1, 1, 2, 2, 4)
 LABELS = ['ant', 'bee', 'cow', 'dog', 'eel', 'fox', 'gnu', 'hen', 'ibex', 'jay']
@@ -76,7 +76,7 @@ def test_several_images_in_the_order_given(folder, image, tmp_path, capsys):
 def test_as_many_members_as_a_budget_allows(folder, image, capsys, monkeypatch, budget_ms, num_members):
     """With a clock that moves by 10 ms whenever it is looked at: before a step is chosen, when it begins and ends."""
     clock = itertools.count()
-    monkeypatch.setattr(inference, '_clock', lambda: next(clock) / 100)
+    monkeypatch.setattr(anytime_module, '_clock', lambda: next(clock) / 100)
     (_, used, _), = predict(capsys, image, '--model', f'local-dir:{folder}', '--budget-ms', budget_ms)
     assert used == num_members
 
@@ -99,14 +99,15 @@ def test_pictures_are_turned_upright_and_prepared_as_timm_does(model, image, tmp
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    (['--num-members', '5'], r'num_members must be from 1 to 4, got 5'),
-    (['--num-members', '0'], r'num_members must be from 1 to 4, got 0'),
-    (['--budget-ms', '0'], r'budget_ms must be positive and finite, got 0'),
-    (['--budget-ms', 'nan'], r'budget_ms must be positive and finite, got nan'),
-    (['--budget-ms', '5', '--num-members', '1'], r'--num-members: not allowed with argument --budget-ms'),
-    (['--top-k', '0'], r'top_k must be at least 1, got 0'),
-    (['--model', 'resnet18'], r'model must be a hierarchical ensemble'),
-    (['--model', 'hne_mobilenetv2_075_e8'], r'hne_mobilenetv2_075_e8\.\S+ has no pretrained weights'),
+    (['--num-members', '5'], r'num_members .*4, got 5'),
+    (['--num-members', '0'], r'num_members .*1 .*got 0'),
+    (['--budget-ms', '0'], r'budget_ms .*0, got 0'),
+    (['--budget-ms', 'nan'], r'budget_ms .*got nan'),
+    (['--budget-ms', 'inf'], r'budget_ms .*got inf'),
+    (['--budget-ms', '5', '--num-members', '1'], r'--num-members.*--budget-ms'),
+    (['--top-k', '0'], r'top_k .*1, got 0'),
+    (['--model', 'resnet18'], r'model .*hierarchical ensemble.*resnet18'),
+    (['--model', 'hne_mobilenetv2_075_e8'], r'hne_mobilenetv2_075_e8\.\S+ .*weights'),
 ])
 def test_bad_arguments(folder, image, capsys, options, message):
     with pytest.raises(SystemExit) as error:

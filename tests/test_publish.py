@@ -1,8 +1,11 @@
 """Publishing to a Hub that is strict, and that fails at every step."""
 import argparse
+import copy
 import json
 import pkgutil
 import re
+import resource
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,10 +19,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from test_hub import NODES, results_of, trained_model
 
-import timm_hne
+import timm_hne.hub.folder
 from timm_hne.__main__ import main
-from timm_hne.hub import read_digests
-from timm_hne.publishing import publish
+from timm_hne.hub.publishing import publish
+from timm_hne.pretrained import digest, read_digests, state_digest
 
 FILES = {
     'README.md', 'SHA256SUMS', 'accuracy.png', 'config.json', 'evaluation.json', 'model.safetensors', 'recipe.yaml'}
@@ -42,7 +45,7 @@ def alice(hub, monkeypatch, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Drawing takes longer than all else."""
-    monkeypatch.setattr(timm_hne.publishing, 'plot_accuracy', lambda rows, path: path.write_bytes(b'a plot'))
+    monkeypatch.setattr(timm_hne.hub.folder, 'plot_accuracy', lambda rows, path: path.write_bytes(b'a plot'))
 
 
 def send(model, repo_id='alice/net', **kwargs):
@@ -72,6 +75,38 @@ def test_publish(alice, model):
     assert not alice.repos['alice/net'].private
     assert Path('net/model.safetensors').stat().st_mode == Path('net/config.json').stat().st_mode
     assert model.training is False and next(model.parameters()).dtype == torch.float32
+
+
+def test_the_owner_may_be_left_out(alice, quick, model, monkeypatch):
+    send(model, 'net')
+    assert_published(alice, model)
+    assert "'hf-hub:alice/net'" in Path('net/README.md').read_text()
+    assert send(model, 'net', dry_run=True) == 'net'
+    monkeypatch.delenv('HF_TOKEN')
+    with pytest.raises(OSError, match=r"repo_id 'net'.*user/name"):
+        send(model, 'net')
+
+
+def test_a_pull_request(alice, quick, model, monkeypatch):
+    send(model)
+    monkeypatch.setenv('HF_TOKEN', 'hf_bob')
+    url = send(model, recipe=dict(epochs=3), create_pr=True, commit_message='Three epochs')
+    assert url == f'{alice.url}/alice/net/discussions/1'
+    assert_published(alice, model)
+    assert alice.commits('alice/net', 'refs/pr/1')[-1] == 'Three epochs'
+    assert yaml.safe_load(alice.files('alice/net', 'refs/pr/1')['recipe.yaml']) == dict(epochs=3)
+    with pytest.raises(HfHubHTTPError, match='404'):
+        send(model, 'alice/no-such', create_pr=True)
+
+
+def test_private_is_not_what_a_public_repository_becomes(alice, quick, model):
+    send(model)
+    with pytest.raises(ValueError, match=r'private.*alice/net .*public'):
+        send(model, private=True, recipe=dict(epochs=3))
+    assert_published(alice, model)
+    alice.repos['alice/net'].private = True
+    send(model, private=True, recipe=dict(epochs=3))
+    assert_published(alice, model, commits=2)
 
 
 def test_no_module_has_the_name_of_a_function():
@@ -152,11 +187,134 @@ def test_the_card(alice, model):
     assert card.data.library_name == 'timm'
     assert card.data.pipeline_tag == 'image-classification'
     assert card.data.license == 'apache-2.0'
-    assert card.data.datasets == ['cifar10']
-    assert [result.metric_value for result in card.data.eval_results] == [81.0, 82.0, 84.0, 88.0]
+    assert card.data.datasets == ['uoft-cs/cifar10']
+    found = [(result.metric_name, result.metric_value) for result in card.data.eval_results]
+    assert found == [
+        ('Top-1 accuracy of 1 member', 81.0), ('Top-5 accuracy of 1 member', 99.0),
+        ('Top-1 accuracy of 2 members', 82.0), ('Top-5 accuracy of 2 members', 99.0),
+        ('Top-1 accuracy of 4 members', 84.0), ('Top-5 accuracy of 4 members', 99.0),
+        ('Top-1 accuracy of 8 members', 88.0), ('Top-5 accuracy of 8 members', 99.0)]
+    for result in card.data.eval_results:
+        assert result.source_url == 'https://huggingface.co/alice/net/blob/main/evaluation.json'
+        assert (result.dataset_type, result.dataset_name) == ('uoft-cs/cifar10', 'cifar10')
+        assert result.dataset_split == 'test'
     assert '| 4 | 84.00 | 99.00 | 40.0 | 0.100 | 0.5000 | 0.0300 |' in card.text
     assert 'class0, class1' in card.text
     assert Image.open('net/accuracy.png').size == (720, 480)
+
+
+def test_what_the_owner_says_of_the_model(alice, quick, model):
+    send(
+        model, revision='dev', license='mit', base_model='bob/other', datasets=['bob/pictures', 'alice/more'],
+        commit_message='A better one')
+    assert alice.commits('alice/net', 'dev') == ['initial commit', 'A better one']
+    data = ModelCard.load('net/README.md').data
+    assert (data.license, data.base_model, data.datasets) == ('mit', 'bob/other', ['bob/pictures', 'alice/more'])
+    assert data.eval_results[0].dataset_type == 'bob/pictures'
+    assert data.eval_results[0].source_url == 'https://huggingface.co/alice/net/blob/dev/evaluation.json'
+    assert json.loads(Path('net/config.json').read_text())['pretrained_cfg']['license'] == 'mit'
+
+
+def test_data_that_the_hub_does_not_know_are_no_dataset(alice, quick, model):
+    send(model, results={**results_of(model), 'data': 'digits'}, dry_run=True)
+    data = ModelCard.load('net/README.md').data
+    assert data.datasets is None
+    assert data.eval_results[0].dataset_type == 'digits'
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(base_model='a b'), dict(base_model='a/b/c'), dict(datasets=['uoft-cs/cifar10', '../x']),
+    dict(datasets='uoft-cs/cifar10'), dict(create_pr=True, revision='dev'), dict(create_pr=True, private=True),
+])
+def test_bad_options_of_the_card_and_the_commit(alice, model, kwargs):
+    name, value = list(kwargs.items())[-1]
+    with pytest.raises(ValueError, match=name) as error:
+        send(model, **kwargs)
+    assert (value[-1] if isinstance(value, list) else str(value)) in str(error.value)
+    assert not alice.log
+    assert not list(Path().iterdir())
+
+
+OWN_TEXT = '# My pictures\n\nTrained on a **train**.\n\n'
+
+
+def edit(hub, text):
+    """Edit the card on the Hub as its web page does."""
+    hub.add('alice/net', {'README.md': text.encode()}, title='Update README.md')
+
+
+def card_on_the_hub(hub):
+    return hub.files('alice/net')['README.md'].decode()
+
+
+def test_a_card_that_was_edited_on_the_hub_is_kept(alice, quick, model):
+    send(model)
+    card = card_on_the_hub(alice)
+    text = card.replace('license: apache-2.0', 'license: mit\nlanguage: en\nthumbnail: me.png')
+    text = text.replace('# net\n\n', OWN_TEXT).replace('- ensemble\n', '- trains\n')
+    text = text.replace('- uoft-cs/cifar10\n', '- uoft-cs/cifar10-x\n')
+    edit(alice, text + '\n## Thanks\n\nTo all.\n')
+    results = results_of(model)
+    results['members'][0]['top1'] = 12.34
+    send(model, results=results)
+    new = card_on_the_hub(alice)
+    data = ModelCard(new).data
+    assert (data.license, data.language, data.thumbnail) == ('mit', 'en', 'me.png')
+    assert 'trains' in data.tags and 'ensemble' not in data.tags
+    assert data.datasets == ['uoft-cs/cifar10-x']
+    assert data.eval_results[0].metric_value == 12.34
+    assert OWN_TEXT in new and '\n## Thanks\n\nTo all.\n' in new
+    assert '| 1 | 12.34 |' in new and '| 1 | 81.00 |' not in new
+    assert new.count('## Results') == 1
+    assert read_digests('net/SHA256SUMS')['README.md'] == digest(new.encode())
+    assert Path('net/README.md').read_text() == new
+
+    commits = len(alice.commits('alice/net'))
+    send(model, results=results)
+    assert len(alice.commits('alice/net')) == commits
+    send(model, results=results, license='bsd-3-clause', datasets=['a/b'])
+    data = ModelCard(card_on_the_hub(alice)).data
+    assert (data.license, data.language, data.datasets) == ('bsd-3-clause', 'en', ['a/b'])
+
+
+def test_a_card_that_was_there_before_the_model(alice, quick, model):
+    """The web page of the Hub makes one with the license that the owner chose."""
+    alice.add('alice/net', {'README.md': b'---\nlicense: mit\n---\n\nTo be written.\n'})
+    send(model)
+    card = card_on_the_hub(alice)
+    data = ModelCard(card).data
+    assert (data.license, data.library_name, data.pipeline_tag) == ('mit', 'timm', 'image-classification')
+    assert 'To be written.' in card and '| 1 | 81.00 |' in card
+
+
+@pytest.mark.parametrize('text', ['---\nlicense: [\n---\n', '---\n- license\n---\n'])
+def test_a_card_whose_metadata_cannot_be_read(alice, quick, model, text):
+    alice.add('alice/net', {'README.md': text.encode()})
+    with pytest.raises(ValueError, match=r'README\.md'):
+        send(model)
+    assert alice.commits('alice/net') == ['Add files']
+
+
+@pytest.mark.parametrize('edited', [True, False])
+def test_a_card_of_version_0_1(alice, quick, model, edited):
+    """It does not say which part of it is generated: all of it, if it still has its digest."""
+    old = Path(__file__).parent / 'data/v0_1/published'
+    alice.add('alice/net', {path.name: path.read_bytes() for path in old.iterdir()})
+    if edited:
+        edit(alice, card_on_the_hub(alice) + OWN_TEXT)
+    send(model)
+    card = card_on_the_hub(alice)
+    assert '| 1 | 81.00 |' in card
+    assert (OWN_TEXT.strip() in card) == ('| 1 | 9.72 |' in card) == edited
+
+
+def test_the_card_of_the_folder_is_kept_too(alice, quick, model):
+    """After a dry run one looks at it, and may want to add something."""
+    send(model, dry_run=True)
+    path = Path('net/README.md')
+    path.write_text(path.read_text().replace('# net\n\n', OWN_TEXT))
+    send(model)
+    assert OWN_TEXT in card_on_the_hub(alice)
 
 
 @pytest.mark.parametrize('in_chans', [1, 3])
@@ -177,7 +335,7 @@ def test_the_code_of_the_card_runs(alice, quick, in_chans):
 
 
 @pytest.mark.parametrize(
-    'repo_id', ['net', 'alice/', 'a/b/c', 'alice/ne t', 'alice/--net', 'alice/net.git', '../net', ''])
+    'repo_id', ['alice/', 'a/b/c', 'alice/ne t', 'alice/--net', 'alice/net.git', '../net', ''])
 def test_malformed_names(alice, model, repo_id):
     with pytest.raises((HFValidationError, ValueError)):
         send(model, repo_id)
@@ -255,6 +413,10 @@ def test_bad_arguments(alice, model, kwargs, message):
 
 def test_results_of_another_model(alice, model):
     results = results_of(model)
+    for change in dict(weights_sha256='0' * 64), dict(weights_sha256=None):
+        with pytest.raises(ValueError, match=rf"weights_sha256 {results['weights_sha256']}.*timm-hne eval") as error:
+            send(model, results={**results, **change})
+        assert str(change['weights_sha256']) in str(error.value)
     for change in dict(members=results['members'][:4]), dict(nodes=[1, 2, 2, 4, 8]), dict(model='x'), dict(data=None):
         with pytest.raises(ValueError, match=r"results must be those of 1 to 8 members .*'nodes': \[1, 1, 2, 4, 8\]"):
             send(model, results={**results, **change})
@@ -269,6 +431,86 @@ def test_results_of_another_model(alice, model):
         send(model, results=results)
 
 
+@pytest.mark.parametrize('change', [
+    lambda model: model.reset_classifier(7),  # as many members of the same tree, but other classes
+    lambda model: model.classifier.bias.add_(0.01),  # another epoch
+])
+def test_results_of_other_weights(alice, model, change):
+    other = broken(model, change)
+    with pytest.raises(ValueError, match='weights_sha256'):
+        send(other, results=results_of(model))
+    assert not alice.log
+    assert not list(Path().iterdir())
+
+
+def with_another_eps(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eps = 1e-3
+    return model
+
+
+def with_another_activation(model):
+    model.blocks[1][0].act = torch.nn.SiLU()
+    return model
+
+
+@pytest.mark.parametrize('dry_run', [False, True])
+@pytest.mark.parametrize('change, message', [
+    (lambda model: model.extract(3), r'model .*3 members.*nodes=\(1, 1, 1, 2, 4\)'),
+    (timm.layers.freeze_batch_norm_2d, 'model .*num_batches_tracked'),
+    (with_another_eps, 'model .*logits'),
+    (with_another_activation, 'model .*logits'),
+])
+def test_a_model_that_timm_would_not_build_again(alice, model, change, message, dry_run):
+    other = change(copy.deepcopy(model))
+    with pytest.raises(ValueError, match=message):
+        send(other, dry_run=dry_run)
+    assert not alice.log
+    assert not list(Path().iterdir())
+
+
+def test_a_folder_stays_as_it_was_when_the_next_model_is_refused(alice, quick, model):
+    send(model, dry_run=True)
+    before = {path.name: path.read_bytes() for path in Path('net').iterdir()}
+    with pytest.raises(ValueError, match='logits'):
+        send(with_another_eps(copy.deepcopy(model)), dry_run=True)
+    assert {path.name: path.read_bytes() for path in Path('net').iterdir()} == before
+
+
+@pytest.mark.parametrize('change', [
+    lambda model: model.extract(4),
+    lambda model: model.reset_classifier(3, 'max'),
+    lambda model: model.to(memory_format=torch.channels_last).train(),
+    lambda model: model.set_grad_checkpointing(),
+    lambda model: model.requires_grad_(False),
+])
+def test_models_that_timm_builds_again(alice, quick, model, change):
+    other = copy.deepcopy(model)
+    other = change(other) or other
+    send(other, dry_run=True)
+    loaded = timm.create_model('local-dir:net', pretrained=True).eval()
+    image = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(loaded(image), other.eval()(image), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize('free, name', [(1000, 'model.safetensors'), (2_000_000, 'accuracy.png')])
+def test_disk_full(alice, model, monkeypatch, free, name):
+    """Files of more bytes than `free` cannot be written."""
+    if name == 'accuracy.png':
+        large = lambda rows, path: path.write_bytes(bytes(free + 1))  # noqa: E731
+        monkeypatch.setattr(timm_hne.hub.folder, 'plot_accuracy', large)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf'net/{name}.*File too large'):
+            send(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not alice.log
+    assert not list(Path().iterdir())
+
+
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e5])
 def test_weights_that_are_not_finite(alice, value):
     model = trained_model(nodes=NODES)
@@ -281,7 +523,7 @@ def test_weights_that_are_not_finite(alice, value):
 
 
 def test_not_an_ensemble(alice, model):
-    with pytest.raises(TypeError, match=r'model must be an hne_\* model made by timm\.create_model, got ResNet'):
+    with pytest.raises(TypeError, match=r'model must be .*ResNet'):
         publish(timm.create_model('resnet10t'), 'alice/net', results_of(model), RECIPE)
 
 
@@ -389,6 +631,81 @@ def test_command_knows_the_classes_of_the_training_data(alice, model, run_folder
     assert 'label_names' not in yaml.safe_load(Path('net/recipe.yaml').read_text())
     command(path, '--repo-id', 'alice/net', '--dry-run', '--label-names', *'0123456789')
     assert timm.create_model('local-dir:net', pretrained=True).pretrained_cfg['label_names'] == list('0123456789')
+
+
+RECIPE_OF_IMAGES = dict(
+    epochs=2, in_memory=True, img_size=24, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], crop_pct=0.5)
+
+
+def save_weights(run_folder, model, **recipe):
+    safetensors.torch.save_file(model.state_dict(), run_folder / 'weights.safetensors')
+    for name, content in recipe.items():
+        (run_folder / f'{name}.yaml').write_text(yaml.safe_dump(content))
+    return run_folder / 'weights.safetensors', '--model', 'hne_resnet50_c8', '--repo-id', 'alice/net', '--dry-run'
+
+
+@pytest.mark.parametrize('given', [True, False])
+def test_weights_alone_have_the_images_of_their_recipe(alice, quick, model, run_folder, given):
+    (run_folder / 'last.pth.tar').unlink()
+    arguments = save_weights(run_folder, model, **{'r' if given else 'recipe': RECIPE_OF_IMAGES})
+    command(*arguments, *(('--recipe', run_folder / 'r.yaml') if given else ()))
+    cfg = json.loads(Path('net/config.json').read_text())['pretrained_cfg']
+    assert (cfg['mean'], cfg['std']) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert cfg['input_size'] == [3, 24, 24]
+    assert cfg['crop_pct'] == 1.0  # in memory, images are seen whole
+    assert yaml.safe_load(Path('net/recipe.yaml').read_text()) == RECIPE_OF_IMAGES
+
+
+def test_the_base_of_a_recipe_counts(alice, quick, model, run_folder):
+    arguments = save_weights(run_folder, model, base=RECIPE_OF_IMAGES, r=dict(base='base.yaml', epochs=9))
+    command(*arguments, '--recipe', run_folder / 'r.yaml')
+    assert yaml.safe_load(Path('net/recipe.yaml').read_text()) == {**RECIPE_OF_IMAGES, 'epochs': 9}
+    assert json.loads(Path('net/config.json').read_text())['pretrained_cfg']['mean'] == [0.1, 0.2, 0.3]
+
+
+def test_a_checkpoint_knows_better_than_a_recipe(alice, quick, run_folder):
+    (run_folder / 'r.yaml').write_text(yaml.safe_dump(RECIPE_OF_IMAGES))
+    path = run_folder / 'last.pth.tar'
+    command(path, '--repo-id', 'alice/net', '--dry-run', '--recipe', run_folder / 'r.yaml')
+    assert json.loads(Path('net/config.json').read_text())['pretrained_cfg']['mean'] == [0.3] * 3
+
+
+def test_stale_results_beside_a_checkpoint(alice, quick, model, run_folder, capsys):
+    save_checkpoint(run_folder / 'last.pth.tar', broken(model, lambda model: model.classifier.bias.add_(0.01)))
+    with pytest.raises(SystemExit, match='1'):
+        command(run_folder / 'last.pth.tar', '--repo-id', 'alice/net')
+    assert re.search(r'weights_sha256.*timm-hne eval', capsys.readouterr().err)
+    assert not alice.log
+
+
+def test_results_of_version_0_1(alice, quick, tmp_path, capsys):
+    """They do not say which weights they are of; beside the weights, with a digest of each, they need not."""
+    shutil.copytree(Path(__file__).parent / 'data/v0_1', tmp_path / 'old')
+    command('old/published', '--repo-id', 'alice/net', '--dry-run')
+    results = json.loads(Path('net/evaluation.json').read_text())
+    weights = timm.create_model('local-dir:net', pretrained=True).state_dict()
+    assert results == {**json.loads(Path('old/published/evaluation.json').read_text()),
+                       'weights_sha256': state_digest(weights)}
+    shutil.rmtree('net')
+
+    with pytest.raises(SystemExit, match='1'):
+        command('old/last.pth.tar', '--results', 'old/published/evaluation.json', '--repo-id', 'alice/net', '--dry-run')
+    assert re.search('weights_sha256.*timm-hne eval', capsys.readouterr().err)
+    (tmp_path / 'old/published/evaluation.json').write_text(json.dumps({**results, 'weights_sha256': None, 'seed': 9}))
+    with pytest.raises(SystemExit, match='1'):
+        command('old/published', '--repo-id', 'alice/net', '--dry-run')
+    assert re.search('weights_sha256', capsys.readouterr().err)
+
+
+def test_the_options_of_the_command(alice, quick, model, run_folder, capsys):
+    command(
+        run_folder / 'last.pth.tar', '--repo-id', 'net', '--license', 'mit', '--base-model', 'bob/other', '--datasets',
+        'bob/pictures', '--commit-message', 'Hello')
+    assert alice.commits('alice/net')[-1] == 'Hello'
+    data = ModelCard(card_on_the_hub(alice)).data
+    assert (data.license, data.base_model, data.datasets) == ('mit', 'bob/other', ['bob/pictures'])
+    command(run_folder / 'last.pth.tar', '--repo-id', 'net', '--license', 'other', '--create-pr')
+    assert '/discussions/1' in capsys.readouterr().out
 
 
 def test_command_from_other_files(alice, quick, run_folder, capsys):

@@ -17,10 +17,10 @@ import torch
 import yaml
 from test_hub import results_of, trained_model
 
-import timm_hne.hub
+import timm_hne.pretrained
 from timm_hne.__main__ import main
-from timm_hne.demo import demo_config
-from timm_hne.hub import digest
+from timm_hne.cli.demo import demo_config
+from timm_hne.pretrained import digest
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,12 +76,12 @@ def card(monkeypatch, tmp_path):
     model = trained_model()
     weights = tmp_path / 'weights'
     weights.mkdir()
-    monkeypatch.setattr(timm_hne.hub, 'PACKAGED', weights)
+    monkeypatch.setattr(timm_hne.pretrained, 'PACKAGED', weights)
     data = safetensors.torch.save(model.half().state_dict())
     (weights / f'{name}.safetensors').write_bytes(data)
     (weights / 'SHA256SUMS').write_text(f'{digest(data)}  {name}.safetensors\n')
     cfg = timm.models.get_pretrained_cfg('hne_resnet50_c8')
-    cfg.file, cfg.tag = timm_hne.hub.packaged(name), 'test'
+    cfg.file, cfg.tag = timm_hne.pretrained.packaged(name), 'test'
     monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, name, cfg)
     folder = tmp_path / 'hub_cards' / name
     folder.mkdir(parents=True)

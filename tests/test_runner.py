@@ -13,8 +13,8 @@ import torch
 from test_inference import images, small_resnet
 
 import timm_hne
-from timm_hne import runner as runner_module
-from timm_hne.runner import AdaptiveRunner, MemberPolicy, Overloaded, ShutDown
+from timm_hne.inference import runner as runner_module
+from timm_hne.inference.runner import AdaptiveRunner, MemberPolicy, Overloaded, ShutDown
 
 TIMEOUT = 60  # seconds after which a test that hangs fails; nothing is asserted about time itself
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from timm_hne.scheduler import CyclicLRScheduler
+from timm_hne.training.scheduler import CyclicLRScheduler
 
 
 def _rates(epochs, lr=0.1, **kwargs):

@@ -22,12 +22,12 @@ from PIL import Image
 from timm.models import load_state_dict
 from timm.utils import load_checkpoint_metadata
 
-from timm_hne import trainer
-from timm_hne.checkpoints import _FREE_KEYS, load_checkpoint, load_weights
-from timm_hne.demo import demo_config
-from timm_hne.ensemble import HierarchicalEnsemble
-from timm_hne.recipe import TrainConfig
-from timm_hne.trainer import NonFiniteLossError, train
+from timm_hne.cli.demo import demo_config
+from timm_hne.models.ensemble import HierarchicalEnsemble
+from timm_hne.training import trainer
+from timm_hne.training.checkpoint import FREE_KEYS, RunCheckpoint, load_checkpoint
+from timm_hne.training.recipe import TrainConfig
+from timm_hne.training.trainer import NonFiniteLossError, train
 
 SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'train.py'
 
@@ -406,10 +406,10 @@ class TestErrorsBeforeAnyEpoch:
         for content in (b'no checkpoint', b''):
             junk.write_bytes(content)
             with pytest.raises(ValueError, match=r'initial_checkpoint .*junk\.pth is no checkpoint'):
-                load_weights(torch.nn.Linear(1, 1), str(junk))
+                RunCheckpoint.read(junk, 'initial_checkpoint').load_into(torch.nn.Linear(1, 1))
         torch.save({'weight': 'text'}, junk)
         with pytest.raises(ValueError, match=r'initial_checkpoint .*junk\.pth is no checkpoint'):
-            load_weights(torch.nn.Linear(1, 1), str(junk))
+            RunCheckpoint.read(junk, 'initial_checkpoint').load_into(torch.nn.Linear(1, 1))
         with pytest.raises(FileNotFoundError, match='initial_checkpoint does not exist'):
             train(TrainConfig(**{**options, 'output_dir': str(tmp_path / 'other'), 'initial_checkpoint': 'nothing'}))
 
@@ -495,8 +495,8 @@ def test_values_as_yaml_reads_them():
 
 WORKER = '''
 import sys, torch, yaml
-from timm_hne.ensemble import HierarchicalEnsemble
-from timm_hne.trainer import TrainConfig, train
+from timm_hne.models.ensemble import HierarchicalEnsemble
+from timm_hne.training.trainer import TrainConfig, train
 HierarchicalEnsemble.train = lambda model, mode=True: torch.nn.Module.train(model, False)
 train(TrainConfig(**yaml.safe_load(sys.argv[1])))
 '''
@@ -562,7 +562,7 @@ def test_recipes_are_valid(path):
 
 def test_the_demo_trains_by_the_recipe_of_the_digits(tmp_path):
     recipe, demo = (
-        {name: value for name, value in asdict(config).items() if name not in _FREE_KEYS}
+        {name: value for name, value in asdict(config).items() if name not in FREE_KEYS}
         for config in (load_script().parse_args(['--recipe', 'digits.yaml']), demo_config(tmp_path)))
     # The recipe says what the data set tells the demo.
     assert recipe == {**demo, 'num_classes': 10}

@@ -17,7 +17,7 @@ from timm.models import get_pretrained_cfg
 import timm_hne  # noqa: F401, registers the models
 from timm_hne.__main__ import main
 from timm_hne.files import write_text
-from timm_hne.hub import PACKAGED, digest, read_digests
+from timm_hne.pretrained import PACKAGED, digest, read_digests
 
 NAMES = timm.list_models('hne_*', pretrained=True)
 LOGITS = Path(__file__).parent / 'logits'
