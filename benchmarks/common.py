@@ -13,10 +13,14 @@ import timm
 import torch
 
 from timm_hne import HierarchicalEnsemble
-from timm_hne.budget import processor
-from timm_hne.data import DigitsDataset, ImageSubset, MemoryLoader, load_into_memory, open_dataset
-from timm_hne.demo import IMG_SIZE, MEAN, MODEL, STD
 from timm_hne.files import write_text
+from timm_hne.process import processor
+from timm_hne.training.datasets import DigitsDataset, ImageSubset, open_dataset
+from timm_hne.training.memory_loader import MemoryLoader, load_into_memory
+from timm_hne.training.recipe import read_recipe
+
+DIGITS_RECIPE = read_recipe('digits.yaml')
+MODEL = DIGITS_RECIPE['model']
 
 
 def add_subject(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +37,8 @@ def load_subject(args: argparse.Namespace) -> tuple[HierarchicalEnsemble, torch.
     """
     if args.checkpoint:
         model = timm.create_model(MODEL, in_chans=1, checkpoint_path=args.checkpoint)
-        dataset, size, mean, std = DigitsDataset(train=False), IMG_SIZE, MEAN, STD
+        size, mean, std = (DIGITS_RECIPE[key] for key in ('img_size', 'mean', 'std'))
+        dataset = DigitsDataset(train=False)
     else:
         model = timm.create_model(MODEL, pretrained=True)
         cfg = model.pretrained_cfg

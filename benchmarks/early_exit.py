@@ -15,9 +15,9 @@ import torch
 from common import add_subject, load_subject, markdown_table, write_text
 
 from timm_hne import calibrate_threshold, early_exit
-from timm_hne.cost import member_macs
+from timm_hne.evaluation.cost import member_macs
 from timm_hne.files import write_file
-from timm_hne.inference import CRITERIA, exit_curve
+from timm_hne.inference.early_exit import CRITERIA, exit_curve
 from timm_hne.tree import prefixes
 
 BATCH_SIZE = 250

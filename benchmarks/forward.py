@@ -3,7 +3,7 @@
     python benchmarks/forward.py
 
 All run on the same images, in turn, in eager mode. Each network uses the memory format that is faster for it. On a CPU
-there are two parts: with the C library's default handling of freed memory, and with that of `timm_hne.memory`.
+there are two parts: with the C library's default handling of freed memory, and with that of `timm_hne.process`.
 """
 import argparse
 import functools
@@ -16,7 +16,7 @@ import torch
 from common import describe_machine, machine, markdown_table, paired_medians, write_json, write_text
 from paper import PaperNetwork
 
-from timm_hne.optimize import optimize_for_inference
+from timm_hne.inference.optimize import optimize_for_inference
 from timm_hne.tree import prefixes
 
 RESULTS = Path(__file__).parents[1] / 'docs' / 'results'
@@ -104,8 +104,8 @@ def main(args: argparse.Namespace) -> None:
         '`paper` replicates feature maps where a branch splits and has one group a node (`benchmarks/paper.py`); its '
         'outputs were compared with those of the model before timing. `optimised` is the model after '
         '`optimize_for_inference(model, compile=False)`, which folds the batch normalisation, chooses format and '
-        'formulation of the convolutions, and makes the C library keep freed memory (`timm_hne/memory.py`): the second '
-        'part. The other networks are plain convolutions without a tree; '
+        'formulation of the convolutions, and makes the C library keep freed memory (`timm_hne/process.py`): the '
+        'second part. The other networks are plain convolutions without a tree; '
         f'{points[-1]} separate ones run one after the other.',
         '',
     ]

@@ -18,8 +18,8 @@ from common import describe_machine, machine, markdown_table, paired_medians, wr
 from paper import PaperNetwork
 
 from timm_hne import HierarchicalEnsemble, optimize_for_inference
-from timm_hne.cost import member_macs
-from timm_hne.optimize import FoldedConv
+from timm_hne.evaluation.cost import member_macs
+from timm_hne.inference.optimize import FoldedConv
 from timm_hne.tree import prefixes
 
 Section = tuple[list[str], list[list[object]], dict]

@@ -20,7 +20,7 @@ import torch
 from common import add_subject, describe_machine, load_subject, machine, markdown_table, write_json, write_text
 
 from timm_hne import AdaptiveRunner, optimize_for_inference
-from timm_hne.runner import Overloaded
+from timm_hne.inference.runner import Overloaded
 
 
 def arrival_times(rates: list[float], seconds: list[float]) -> list[float]:

@@ -18,7 +18,7 @@ from common import describe_machine, machine, markdown_table, paired_times, writ
 from huggingface_hub import constants
 from timm.models import build_model_with_cfg, save_for_hf
 
-from timm_hne.hub import DIGESTS_NAME, digest
+from timm_hne.pretrained import DIGESTS_NAME, digest
 
 REPO, COMMIT = 'user/net', '0' * 40
 MODELS = ('hne_resnet50_c8', 'hne_resnet50_c16', 'hne_mobilenetv2_075_e4', 'hne_mobilenetv2_075_e8')

@@ -7,9 +7,9 @@ import torch
 import torch.nn as nn
 
 from timm_hne import HierarchicalEnsemble
-from timm_hne.hne_mobilenetv2 import InvertedResidual
-from timm_hne.hne_resnet import Bottleneck
-from timm_hne.layers import BranchedLinear, ConvNormAct
+from timm_hne.models.hne_mobilenetv2 import InvertedResidual
+from timm_hne.models.hne_resnet import Bottleneck
+from timm_hne.models.layers import BranchedLinear, ConvNormAct
 from timm_hne.tree import node_span
 
 
@@ -56,7 +56,7 @@ def conv_norm_act(layer: ConvNormAct, count: int) -> nn.Sequential:
 
 def linear(layer: BranchedLinear, count: int) -> nn.Conv2d:
     """The first `count` nodes of a linear layer as a grouped convolution of 1x1 pixels."""
-    rows, weight = count * layer.out_features, layer.weight
+    rows, weight = count * layer.out_features // layer.nodes, layer.weight
     conv = nn.Conv2d(count * layer.in_features, rows, 1, groups=count, device=weight.device, dtype=weight.dtype)
     conv.load_state_dict({'weight': weight[:rows, :, None, None], 'bias': layer.bias[:rows]})
     return conv

@@ -6,7 +6,7 @@
 A step is forward, loss (hierarchical co-distillation), backward and optimiser. The paper's network replicates feature
 maps and its loss loops over the members; it starts from the same weights, and the first losses must agree. It is run in
 the memory format of its time and in ours, channels_last. On a CPU the trainer makes the C library keep freed memory
-(`timm_hne/memory.py`), which speeds up every network; `as it was` is the paper's network before that.
+(`timm_hne/process.py`), which speeds up every network; `as it was` is the paper's network before that.
 """
 import argparse
 import functools
@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from common import describe_machine, machine, markdown_table, paired_medians, write_json, write_text
 from paper import PaperNetwork
 
-from timm_hne.data import MemoryLoader
-from timm_hne.losses import HNELoss
-from timm_hne.memory import keep_freed_memory
-from timm_hne.task import HNETask
+from timm_hne.process import keep_freed_memory
+from timm_hne.training.losses import HNELoss
+from timm_hne.training.memory_loader import MemoryLoader
+from timm_hne.training.task import HNETask
 from timm_hne.tree import prefixes
 
 PAPER = 'paper'

@@ -5,7 +5,7 @@
 
 Every folder beside this file is named after a tag, 'architecture.tag', and holds what `timm-hne eval` measured
 (evaluation.json) and how the weights were trained (recipe.yaml). The card (README.md) and its plot (accuracy.png) are
-rendered from them and from the template timm_hne/model_card.md, as `timm-hne publish` does.
+rendered from them and from the template timm_hne/hub/model_card.md, as `timm-hne publish` does.
 """
 import argparse
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import timm
 import yaml
 
-from timm_hne.publishing import CARD_NAME, PLOT_NAME, RECIPE_NAME, RESULTS_NAME, write_folder
+from timm_hne.hub.folder import CARD_NAME, PLOT_NAME, RECIPE_NAME, RESULTS_NAME, write_folder
 
 ROOT = Path(__file__).parent
 
