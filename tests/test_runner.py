@@ -198,7 +198,7 @@ def test_a_cancelled_request_leaves_its_place_to_others(gate, runner):
 
 def test_garbage_collection_passes_over_what_was_there_before(gate):
     gc.unfreeze()
-    with AdaptiveRunner(gate, 1.) as runner:
+    with AdaptiveRunner(gate, 1., freeze_garbage=True) as runner:
         assert gc.get_freeze_count() > 1000
         runner.submit(image(0)).result(TIMEOUT)
     assert gc.get_freeze_count() == 0
@@ -446,14 +446,14 @@ def test_a_real_model():
 
 
 @pytest.mark.parametrize('kwargs, error, words', [
-    (dict(latency_target=0.), ValueError, 'latency_target must be positive'),
-    (dict(latency_target=float('nan')), ValueError, 'latency_target must be positive'),
+    (dict(latency_target=0.), ValueError, 'latency_target'),
+    (dict(latency_target=float('nan')), ValueError, 'latency_target'),
     (dict(latency_target='1'), TypeError, 'latency_target'),
     (dict(max_batch_size=0), ValueError, 'max_batch_size must be at least 1'),
     (dict(max_queue=0), ValueError, 'max_queue must be at least 1'),
     (dict(max_queue=1.5), TypeError, 'max_queue must be an integer'),
-    (dict(min_members=0), ValueError, 'min_members: .* from 1 to 4, got 0'),
-    (dict(max_members=5), ValueError, 'max_members: .* from 1 to 4, got 5'),
+    (dict(min_members=0), ValueError, r'min_members .* 1 to 4.* 0'),
+    (dict(max_members=5), ValueError, r'max_members .* 1 to 4.* 5'),
     (dict(min_members=3, max_members=2), ValueError, 'min_members must be at most max_members'),
     (dict(schedule=()), ValueError, 'at least one'),
     (dict(schedule=(2, 1)), ValueError, 'must increase'),

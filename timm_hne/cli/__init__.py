@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         extras = "pip install 'timm-hne[demo,plots,export]'"
         parser.exit(1, f'timm-hne {args.command}: {error}. Optional packages come with {extras}.\n')
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        parser.exit(1, f'timm-hne {args.command}: {error}\n')
+        # On one line, as a shell's user expects; PyTorch's messages have several.
+        parser.exit(1, f'timm-hne {args.command}: {" ".join(str(error).split())}\n')
     except KeyboardInterrupt:
         parser.exit(130, f'\ntimm-hne {args.command}: interrupted\n')

@@ -114,6 +114,9 @@ class RunCheckpoint:
 
     @classmethod
     def _read_metadata(cls, path: Path, argument: str = 'checkpoint') -> 'RunCheckpoint':
+        if not zipfile.is_zipfile(path):
+            raise ValueError(
+                f'{argument} {path} cannot be read: it is no checkpoint of PyTorch 1.6 or later, or is cut off')
         try:
             content = dict(load_checkpoint_metadata(str(path)))
             args = content.get('args') or {}
@@ -126,8 +129,6 @@ class RunCheckpoint:
 
     def _check_sums(self) -> None:
         """Raise a ValueError if a byte of the file has changed since it was written. PyTorch does not look."""
-        if not zipfile.is_zipfile(self.path):
-            return  # the format that PyTorch had before 1.6 has no check sums
         try:
             with zipfile.ZipFile(self.path) as file:
                 damaged = file.testzip()
