@@ -1,5 +1,6 @@
 """The trainer: exact resumption, distributed training, and errors before any epoch."""
 import argparse
+import copy
 import csv
 import math
 import os
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from timm_hne.cli import main
 from timm_hne.cli import train as cli_train
 from timm_hne.cli.demo import demo_config
 from timm_hne.models.ensemble import HierarchicalEnsemble
+from timm_hne.models.weights import load_grown
 from timm_hne.training import setup, trainer
 from timm_hne.training.checkpoint import FREE_KEYS, RunCheckpoint, load_checkpoint
 from timm_hne.training.recipe import RECIPES, TrainConfig, read_recipe
@@ -123,7 +125,7 @@ def test_a_stopped_run_continues_to_the_same_losses(options, tmp_path, monkeypat
     expected = rows(options['output_dir'])
 
     options['output_dir'] = str(tmp_path / 'stopped')
-    train_epoch = trainer._Run._train_epoch
+    train_epoch = trainer._Phase._train_epoch
 
     def stop_in_the_last_epoch(run, epoch):
         row = train_epoch(run, epoch)
@@ -132,7 +134,7 @@ def test_a_stopped_run_continues_to_the_same_losses(options, tmp_path, monkeypat
         return row
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, '_train_epoch', stop_in_the_last_epoch)
+        patch.setattr(trainer._Phase, '_train_epoch', stop_in_the_last_epoch)
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig(**options))
     torch.rand(17)  # resumption must not depend on the state of the process
@@ -188,14 +190,14 @@ def without_speed(history):
 def test_broken_weights_are_not_saved(options, monkeypatch):
     """The last update of an epoch is followed by no loss that could tell."""
     options['epochs'] = 3
-    check = trainer._Run._check_weights
+    check = trainer._Phase._check_weights
 
     def break_them(run, epoch):
         if epoch == 1:
             next(run.model.parameters()).data.fill_(math.inf)
         check(run, epoch)
 
-    monkeypatch.setattr(trainer._Run, '_check_weights', break_them)
+    monkeypatch.setattr(trainer._Phase, '_check_weights', break_them)
     with pytest.raises(NonFiniteLossError, match=r'weight is not finite at the end of epoch 2, .* is from before'):
         train(TrainConfig(**options))
     monkeypatch.undo()
@@ -365,7 +367,7 @@ class TestErrorsBeforeAnyEpoch:
         def fail(run, epoch):
             pytest.fail('an epoch has started')
 
-        monkeypatch.setattr(trainer._Run, '_train_epoch', fail)
+        monkeypatch.setattr(trainer._Phase, '_train_epoch', fail)
 
     def test_missing_data(self, options, tmp_path):
         with pytest.raises(FileNotFoundError, match=r'data_dir does not exist: .*nowhere'):
@@ -498,6 +500,7 @@ def test_values_as_yaml_reads_them():
 WORKER = '''
 import sys, torch, yaml
 from timm_hne.models.ensemble import HierarchicalEnsemble
+from timm_hne.models.weights import load_grown
 from timm_hne.training.trainer import TrainConfig, train
 HierarchicalEnsemble.train = lambda model, mode=True: torch.nn.Module.train(model, False)
 train(TrainConfig(**yaml.safe_load(sys.argv[1])))
@@ -628,3 +631,106 @@ def test_command_ends_with_one_line(monkeypatch, capsys, error):
     assert caught.value.code == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f'timm-hne train: {" ".join(str(error).split())}')
+
+
+class TestPhases:
+    PHASES = (
+        {'epochs': 2, 'model_kwargs': {'nodes': [1, 1, 1, 1, 1]}, 'objective': 'independent'},
+        {'epochs': 3, 'model_kwargs': {'nodes': [1, 1, 1, 2, 4]}, 'lr': 0.02, 'img_size': 16, 'grow_noise': 0.1},
+    )
+
+    @pytest.fixture
+    def phased(self, options):
+        return {**options, 'model_kwargs': {'width': 1}, 'phases': self.PHASES, 'epochs': 5, 'ema_decay': 0.5}
+
+    def test_each_starts_where_the_one_before_has_ended(self, phased, monkeypatch):
+        starts = []
+
+        def create(*args):
+            model, config = setup.create_trained_model(*args)
+            starts.append((args[2], copy.deepcopy(model.state_dict())))
+            return model, config
+
+        monkeypatch.setattr(trainer, 'create_trained_model', create)
+        result = train(TrainConfig(**phased))
+        log = rows(phased['output_dir'])
+        assert result.model.nodes == (1, 1, 1, 2, 4)
+        assert [row['epoch'] for row in log] == ['0', '1', '2', '3', '4'] and log[1]['eval_top1_4'] == ''
+        assert max(float(row['lr']) for row in log[2:]) == pytest.approx(0.02, rel=0.3)
+
+        alone = TrainConfig(**phased).split()[0][1]
+        first = train(replace(alone, output_dir=phased['output_dir'] + '1'))
+        for row, same in zip(rows(phased['output_dir'] + '1'), log):
+            assert row['train_loss'] == same['train_loss'] and row['lr'] == same['lr']
+        grown = timm.create_model('hne_resnet50_c8', width=1, nodes=(1, 1, 1, 2, 4), num_classes=3)
+        load_grown(grown, first.model.state_dict(), noise=0.1)
+        passed_on, start = starts[1]
+        for name, value in first.model.state_dict().items():
+            assert torch.equal(passed_on[name], value)
+        for name, value in grown.state_dict().items():
+            assert torch.equal(start[name], value)
+
+    @pytest.mark.parametrize('stop', [1, 2, 4])
+    def test_a_stopped_run_continues_in_its_phase(self, phased, stop, monkeypatch):
+        whole = train(TrainConfig(**phased))
+        options = {**phased, 'output_dir': phased['output_dir'] + 'stopped', 'resume': True}
+        epochs, trained = [], trainer._Phase._train_epoch
+
+        def interrupted(phase, epoch):
+            if epoch == stop and not epochs:
+                epochs.append(epoch)
+                raise KeyboardInterrupt
+            return trained(phase, epoch)
+
+        monkeypatch.setattr(trainer._Phase, '_train_epoch', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(**options))
+        result = train(TrainConfig(**options))
+        assert [row['epoch'] for row in result.history] == list(range(stop, 5))
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(value, result.model.state_dict()[name]), name
+        assert [row['train_loss'] for row in rows(options['output_dir'])] == [
+            row['train_loss'] for row in rows(phased['output_dir'])]
+
+    def test_checkpoints_know_their_phase(self, phased):
+        checkpoint = RunCheckpoint.read(train(TrainConfig(**phased)).checkpoint)
+        assert checkpoint.is_finished and checkpoint.create_model().nodes == (1, 1, 1, 2, 4)
+        assert checkpoint.data_config['img_size'] == 16 and checkpoint.config['objective'] == TrainConfig().objective
+        first = RunCheckpoint.read(checkpoint.path.with_name('checkpoint-1.pth.tar'))
+        assert not first.is_finished and first.create_model().nodes == (1, 1, 1, 1, 1)
+        assert first.data_config['img_size'] == 8 and first.config['objective'] == 'independent'
+        # The recipe is that of the whole run, and trains it again.
+        recipe = checkpoint.recipe
+        assert [start for start, _ in TrainConfig.from_dict(recipe).split()] == [0, 2]
+        for phase, keys in zip(recipe['phases'], self.PHASES):
+            assert phase == keys
+        assert (recipe['lr'], recipe['img_size'], recipe['epochs']) == (0.01, 8, 5)
+
+    def test_another_recipe_does_not_continue_it(self, phased):
+        train(TrainConfig(**phased))
+        for phases in (self.PHASES[:1], ({**self.PHASES[0], 'lr': 1e-3}, self.PHASES[1])):
+            with pytest.raises(ValueError, match='phases'):
+                train(TrainConfig(**{**phased, 'phases': phases, 'epochs': 200, 'resume': True}))
+
+    @pytest.mark.parametrize('phases, words', [
+        ([{'lr': 1.}], r'epochs.*phase 1.*lr'),
+        ([{'epochs': 1}, {'epochs': 1, 'model': 'hne_resnet50_c16'}], r'model.*phase 2'),
+        ([{'epochs': 1, 'phases': []}], r'phases'),
+        ([{'epochs': 0}], r'epochs .*0'),
+        ([{'epochs': 1, 'learning_rate': 1.}], r"'learning_rate'"),
+    ])
+    def test_what_phases_cannot_be(self, phases, words):
+        with pytest.raises(ValueError, match=words):
+            TrainConfig(phases=phases)
+
+    def test_their_epochs_are_those_of_the_run(self):
+        assert TrainConfig(phases=[{'epochs': 2}, {'epochs': 3}]).epochs == 5
+        with pytest.raises(ValueError, match=r'epochs .*5.*7'):
+            TrainConfig(phases=[{'epochs': 2}, {'epochs': 3}], epochs=7)
+        with pytest.raises(TypeError, match='phases'):
+            TrainConfig(phases=['epochs'])
+
+    def test_a_tree_that_cannot_grow_out_of_the_one_before(self, phased):
+        phases = [{'epochs': 1, 'model_kwargs': {'nodes': nodes}} for nodes in ([1, 1, 1, 3, 3], [1, 1, 1, 2, 4])]
+        with pytest.raises(ValueError, match=r'\(1, 1, 1, 3, 3\).*\(1, 1, 1, 2, 4\)'):
+            train(TrainConfig(**{**phased, 'phases': phases, 'epochs': 200}))

@@ -2,7 +2,7 @@
 import inspect
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained, re
 
 from ..pretrained import CONFIG_NAME, available_weights, check_config, read_weights
 
-__all__ = ['build_model', 'fit_weights', 'grow_nodes', 'grow_weights']
+__all__ = ['NOISE', 'build_model', 'fit_weights', 'grow_nodes', 'grow_weights', 'load_grown']
 
 NOISE = 0.05  # of a copy, relative to the root mean square of the tensor
 
@@ -223,7 +223,27 @@ def grow_weights(
     return grown
 
 
-def fit_weights(weights: dict[str, torch.Tensor], model: nn.Module, cfg: PretrainedCfg) -> dict[str, torch.Tensor]:
+def load_grown(model: nn.Module, weights: Mapping[str, torch.Tensor], noise: float = NOISE) -> None:
+    """Load weights of the same architecture, classes and images: of the same tree, or of a smaller or a larger one.
+
+    Args:
+        model: Any `hne_*` model.
+        weights: Tensors by their names; see `fit_weights`.
+        noise: Standard deviation of the noise of copies, relative to the root mean square of a tensor.
+
+    Raises:
+        ValueError: They are those of another model, or of a tree from which the model's cannot grow.
+    """
+    own = PretrainedCfg(num_classes=model.num_classes, input_size=(model.in_chans, 0, 0))
+    model.load_state_dict(fit_weights(dict(weights), model, own, noise))
+
+
+def fit_weights(
+        weights: dict[str, torch.Tensor],
+        model: nn.Module,
+        cfg: PretrainedCfg,
+        noise: float = NOISE,
+) -> dict[str, torch.Tensor]:
     """Return weights for every node of a model from a checkpoint of the same architecture.
 
     The nodes may be the same, or fewer than the checkpoint has, the first of each block; or more, then those of the
@@ -234,6 +254,7 @@ def fit_weights(weights: dict[str, torch.Tensor], model: nn.Module, cfg: Pretrai
         weights: Tensors by their names.
         model: Any `hne_*` model, also on the meta device.
         cfg: Configuration of the weights.
+        noise: Standard deviation of the noise of copies, relative to the root mean square of a tensor.
 
     Raises:
         ValueError: The weights are those of another model, or of a tree that does not begin with the model's and from
@@ -255,7 +276,7 @@ def fit_weights(weights: dict[str, torch.Tensor], model: nn.Module, cfg: Pretrai
     whole = all(count == nodes[-1] for count in heads.values())
     grows = nodes != model.nodes and all(not count % own for own, count in zip(nodes, model.nodes))
     if whole and grows:
-        stored = grow_weights(stored, model)
+        stored = grow_weights(stored, model, noise)
 
     # What belongs to no part is fitted as it is.
     prefixes = tuple(f'{name}.' for name in parts)

@@ -21,7 +21,7 @@ from timm.utils import CheckpointSaver, NativeScaler, load_checkpoint_metadata
 from ..models.create import create_ensemble
 from ..models.ensemble import HierarchicalEnsemble
 from ..models.weights import node_weights
-from .recipe import TrainConfig, image_preparation
+from .recipe import TrainConfig, image_preparation, in_phase
 
 __all__ = ['FREE_KEYS', 'CheckpointWriter', 'RunCheckpoint', 'load_checkpoint', 'recipe_of']
 
@@ -149,13 +149,23 @@ class RunCheckpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of the training, with `epochs` being those done."""
-        return {**self.args, **({} if self.epoch is None else {'epochs': self.epoch + 1})}
+        """Arguments of the training, those of the last phase that is in it, with `epochs` being those done."""
+        config, epochs = self.args, 0
+        for phase in self.args.get('phases') or ():
+            config = in_phase(self.args, phase)
+            epochs += phase['epochs']
+            if self.epoch is not None and self.epoch < epochs:
+                break
+        return {**config, **self._done}
+
+    @property
+    def _done(self) -> dict[str, int]:
+        return {} if self.epoch is None else {'epochs': self.epoch + 1}
 
     @property
     def recipe(self) -> dict[str, Any]:
         """How the weights were trained: what was computed, and no path of a machine."""
-        return recipe_of(self.config)
+        return recipe_of({**self.args, **self._done})
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -164,7 +174,7 @@ class RunCheckpoint:
         if 'in_memory' in self.args:  # our trainer's
             prepared = image_preparation(self.args['in_memory'], self.args.get('crop_pct'))
         return {
-            key: value for key, value in {**self.args, **prepared}.items() if key in _DATA_KEYS and value is not None}
+            key: value for key, value in {**self.config, **prepared}.items() if key in _DATA_KEYS and value is not None}
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the weights, the moving average if there is one.
@@ -212,7 +222,7 @@ class RunCheckpoint:
         name = name or self.arch
         if name is None:
             raise ValueError(f'{self.argument} {self.path} does not say which model it is of, name it.')
-        kwargs = dict(self.args.get('model_kwargs') or {})
+        kwargs = dict(self.config.get('model_kwargs') or {})
         if self.args.get('gp') is not None:  # timm's option --gp
             kwargs['global_pool'] = self.args['gp']
         try:

@@ -9,11 +9,19 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
+from ..models.weights import NOISE
 from .losses import OBJECTIVES
 
-__all__ = ['RECIPES', 'TrainConfig', 'image_preparation', 'read_recipe']
+__all__ = ['RECIPES', 'TrainConfig', 'image_preparation', 'in_phase', 'read_recipe']
 
 RECIPES = Path(__file__).parents[1] / 'recipes'
+
+# What is the same in all phases of a run.
+_RUN_KEYS = (
+    'dataset', 'data_dir', 'train_split', 'val_split', 'val_fraction', 'max_train_images', 'num_classes', 'download',
+    'unreadable', 'in_memory', 'in_chans', 'crop_pct', 'mean', 'std', 'model', 'pretrained', 'initial_checkpoint',
+    'phases', 'seed', 'device', 'output_dir', 'resume',
+)
 
 # Keys, what their values must be, and the test of each number. A key without a value is always in range.
 _RANGES = (
@@ -29,7 +37,7 @@ _RANGES = (
     (('mean',), 'finite', math.isfinite),
     (
         ('lr', 'momentum', 'weight_decay', 'warmup_epochs', 'warmup_lr', 'min_lr', 'decay_rate', 'color_jitter',
-         'mixup', 'cutmix'),
+         'mixup', 'cutmix', 'grow_noise'),
         'at least 0 and finite', lambda x: 0 <= x < math.inf,
     ),
 )
@@ -76,12 +84,14 @@ class TrainConfig:
     model_kwargs: dict = field(default_factory=dict)  # arguments of the model, such as nodes: [1, 1, 1, 16, 16]
     pretrained: bool = False  # start from the published weights of the model, fitted to classes, channels and nodes
     initial_checkpoint: str = ''  # start from these weights instead
+    grow_noise: float = NOISE  # of the copies that make more nodes of fewer, relative to a tensor's root mean square
     objective: str = 'hierarchical_codistillation'
     alpha: float = 0.5  # weight of the distillation term
     temperature: float = 2.
 
     # Optimisation
-    epochs: int = 200
+    epochs: int = 200  # the sum of the phases' if there are phases
+    phases: tuple[dict, ...] = ()  # parts of the run: the `epochs` of each, and the keys that differ from the recipe's
     batch_size: int = 128  # of one process
     grad_accum_steps: int = 1  # batches of one update
     opt: str = 'momentum'  # timm's name; 'momentum' is plain SGD with momentum, 'sgd' has Nesterov's
@@ -142,6 +152,33 @@ class TrainConfig:
                 f'only one of pretrained and initial_checkpoint may be given, got {self.initial_checkpoint!r}.')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f'batch_size must be even for mixup and cutmix, got {self.batch_size}.')
+        if self.phases:
+            self._check_phases()
+
+    def _check_phases(self) -> None:
+        for number, phase in enumerate(self.phases, start=1):
+            if 'epochs' not in phase:
+                raise ValueError(f'phases must each say their epochs, not so phase {number}: {phase}.')
+            if fixed := [name for name in phase if name in _RUN_KEYS]:
+                raise ValueError(f'phases must not change {fixed[0]}, as phase {number} does: {phase}.')
+        total = sum(phase.epochs for _, phase in self.split())
+        if self.epochs not in (total, type(self).epochs):
+            raise ValueError(f'epochs must be left out, or {total} as the phases have together, got {self.epochs}.')
+        self.epochs = total
+
+    def split(self) -> 'list[tuple[int, TrainConfig]]':
+        """Return the first epoch and the recipe of every phase; those of the whole run if it has no phases.
+
+        A phase takes over the recipe's keys, and the entries of its `model_kwargs`, that it does not have itself.
+        """
+        if not self.phases:
+            return [(0, self)]
+        parts, start = [], 0
+        for phase in self.phases:
+            part = self.from_dict({**in_phase(vars(self), phase), 'phases': ()})
+            parts.append((start, part))
+            start += part.epochs
+        return parts
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> 'TrainConfig':
@@ -156,6 +193,12 @@ class TrainConfig:
                 nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.)[0]
                 raise ValueError(f'unknown key {name!r} in the recipe, did you mean {nearest!r}?')
         return cls(**values)
+
+
+def in_phase(recipe: Mapping[str, Any], phase: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a recipe as a phase of it has them."""
+    model_kwargs = {**(recipe.get('model_kwargs') or {}), **(phase.get('model_kwargs') or {})}
+    return {**recipe, **phase, 'model_kwargs': model_kwargs}
 
 
 def image_preparation(in_memory: bool, crop_pct: float | None) -> dict[str, Any]:

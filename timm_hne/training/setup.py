@@ -1,11 +1,14 @@
 """What a run is built of: its data and its model, checked against each other before any epoch."""
+from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from timm.data import resolve_data_config
 from timm.models import create_model
 from torch.utils.data import Dataset, IterableDataset
 
 from ..models.ensemble import HierarchicalEnsemble
+from ..models.weights import load_grown
 from .checkpoint import RunCheckpoint
 from .datasets import create_datasets
 from .recipe import TrainConfig, image_preparation
@@ -61,14 +64,24 @@ def _check_streamed(config: TrainConfig) -> None:
                 f'got {getattr(config, name)}.')
 
 
-def create_trained_model(config: TrainConfig, num_classes: int) -> tuple[HierarchicalEnsemble, TrainConfig]:
-    """Create the model, and complete the configuration by what follows from it."""
+def create_trained_model(
+        config: TrainConfig,
+        num_classes: int,
+        weights: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[HierarchicalEnsemble, TrainConfig]:
+    """Create the model, and complete the configuration by what follows from it.
+
+    Args:
+        config: Configuration of the run, or of a phase of it.
+        num_classes: Number of classes of the data.
+        weights: Weights of the same tree or a smaller one to start from, those of the phase before.
+    """
     overlay = {name: getattr(config, name) for name in ('mean', 'std') if getattr(config, name) is not None}
     if config.img_size is not None:
         overlay['input_size'] = (config.in_chans, config.img_size, config.img_size)
     model = create_model(
         config.model,
-        pretrained=config.pretrained,
+        pretrained=config.pretrained and weights is None,
         num_classes=num_classes,
         in_chans=config.in_chans,
         pretrained_cfg_overlay=overlay,
@@ -78,7 +91,9 @@ def create_trained_model(config: TrainConfig, num_classes: int) -> tuple[Hierarc
         raise TypeError(
             f'objective {config.objective!r} needs a hierarchical ensemble as its model, {config.model!r} is a '
             f'{type(model).__name__}. Other models are trained by timm\'s own train.py.')
-    if config.initial_checkpoint:
+    if weights is not None:
+        load_grown(model, weights, config.grow_noise)
+    elif config.initial_checkpoint:
         RunCheckpoint.read(config.initial_checkpoint, 'initial_checkpoint').load_into(model)
     data_config = resolve_data_config({'in_chans': config.in_chans}, model=model)
     for name in ('mean', 'std'):

@@ -2,12 +2,13 @@
 
 `train(TrainConfig(...))` is all there is: `timm-hne demo` and `train_scripts/train.py` call it.
 """
+import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.task import evaluation_sample_limit
 from timm.utils import NativeScaler, distribute_bn, init_distributed_device, random_seed
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..models.ensemble import HierarchicalEnsemble
@@ -90,7 +91,7 @@ def train(config: TrainConfig, keep_memory: bool = False) -> TrainResult:
         keep_freed_memory()
     try:
         with _locked(Path(config.output_dir)) if world.rank == 0 else nullcontext():
-            return _Run(config, device, world.rank, world.world_size).run()
+            return _train_phases(config, device, world.rank, world.world_size)
     finally:
         if world.distributed:
             dist.destroy_process_group()
@@ -109,20 +110,52 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-class _Run:
-    """One training run: everything is built and checked by the constructor, before any epoch."""
+def _train_phases(config: TrainConfig, device: torch.device, rank: int, world_size: int) -> TrainResult:
+    """Train the phases of a run, each from the weights that the one before it has left."""
+    checkpoint = RunCheckpoint.newest(Path(config.output_dir), config.resume)
+    random_seed(config.seed)
+    data = open_data(config)
+    result, history = None, []
+    parts = config.split()
+    for (start, part), (following, _) in itertools.zip_longest(parts, parts[1:], fillvalue=(math.inf, None)):
+        if checkpoint is not None and checkpoint.epoch is not None and checkpoint.epoch >= following:
+            continue  # a later phase has begun
+        if start:
+            random_seed(config.seed)  # the phase before may have run in this process or in an earlier one
+        weights = None if result is None else result.model.state_dict()
+        phase = _Phase(config, start, part, data, checkpoint, weights, device, rank, world_size)
+        result = phase.run(history)
+        checkpoint = None
+    return result
 
-    def __init__(self, config: TrainConfig, device: torch.device, rank: int, world_size: int):
+
+class _Phase:
+    """A phase of a run, or a run that has none: all is built and checked by the constructor, before any epoch."""
+
+    def __init__(
+            self,
+            whole: TrainConfig,
+            start: int,
+            config: TrainConfig,
+            data: tuple[Dataset, Dataset, list[str] | None, int],
+            checkpoint: RunCheckpoint | None,
+            weights: Mapping[str, torch.Tensor] | None,
+            device: torch.device,
+            rank: int,
+            world_size: int,
+    ):
         self.device, self.rank, self.world_size = device, rank, world_size
         self.output_dir = Path(config.output_dir)
-        checkpoint = RunCheckpoint.newest(self.output_dir, config.resume)
-        random_seed(config.seed)
-        train_set, val_set, label_names, num_classes = open_data(config)
+        train_set, val_set, label_names, num_classes = data
         resize = config.img_size is not None
-        model, config = create_trained_model(config, num_classes)
+        model, config = create_trained_model(config, num_classes, weights)
         self.config = config
+        self.first_epoch, self.num_epochs = start, whole.epochs
+        # Checkpoints hold the recipe of the whole run, with what follows from the model.
+        known = ['num_classes', 'crop_pct', 'mean', 'std', *([] if resize else ['img_size'])]
+        recorded = replace(whole, **{name: getattr(config, name) for name in known})
         if checkpoint is not None:
-            checkpoint.check_same_run(config, label_names)
+            checkpoint.check_same_run(recorded, label_names)
         if config.sync_bn:
             model = convert_sync_batchnorm(model)
         self.model = model.to(device, memory_format=torch.channels_last if config.channels_last else None)
@@ -151,7 +184,7 @@ class _Run:
         )
         self.scaler = NativeScaler(device.type) if config.amp and config.amp_dtype == 'float16' else None
 
-        self.start_epoch = 0
+        self.start_epoch = start
         if checkpoint is not None:
             self.start_epoch = checkpoint.restore(self.task, self.optimizer, self.scaler)
         if config.ema_decay:
@@ -180,13 +213,13 @@ class _Run:
         self.writer = self.summary = None
         if rank == 0:
             self.writer = CheckpointWriter(
-                self.output_dir, model, self.task, self.optimizer, self.scaler, config, label_names, checkpoint)
+                self.output_dir, model, self.task, self.optimizer, self.scaler, recorded, label_names, checkpoint)
             self.summary = Summary(self.output_dir, self.start_epoch)
 
-    def run(self) -> TrainResult:
-        history = []
+    def run(self, history: list[dict[str, float]]) -> TrainResult:
+        """Train the epochs that are left, and add a row for each to the history."""
         row, metrics = {'images_per_second': math.nan}, None
-        for epoch in range(self.start_epoch, self.config.epochs):
+        for epoch in range(self.start_epoch, self.first_epoch + self.config.epochs):
             row = self._train_epoch(epoch)
             if self.world_size > 1:
                 for ema in (False, True)[:1 + self.task.has_ema()]:
@@ -217,15 +250,15 @@ class _Run:
             if hasattr(part, 'set_epoch'):
                 part.set_epoch(epoch)
         task.get_trainable_module().train()
-        step = epoch * self.updates_per_epoch
-        self.scheduler.step(epoch)
+        step = (epoch - self.first_epoch) * self.updates_per_epoch
+        self.scheduler.step(epoch - self.first_epoch)
         self.scheduler.step_update(step)
         batches = iter(self.train_loader)
         losses = EpochLosses(epoch)
         started = time.perf_counter()
         bar = tqdm(
             range(self.updates_per_epoch),
-            desc=f'epoch {epoch + 1}/{config.epochs}',
+            desc=f'epoch {epoch + 1}/{self.num_epochs}',
             disable=self.rank != 0 or not config.progress,
             leave=False,
         )
