@@ -15,6 +15,8 @@ from ..pretrained import CONFIG_NAME, available_weights, check_config, read_weig
 
 __all__ = ['build_model', 'fit_weights', 'grow_nodes', 'grow_weights']
 
+# Where weights come from, in a cfg.
+SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
 NOISE = 0.05  # of a copy, relative to the root mean square of the tensor
 
 
@@ -64,7 +66,7 @@ def build_model(
     except RuntimeError as error:
         raise RuntimeError(f'{error} {available_weights()}') from error
     overlay = pretrained_cfg_overlay or {}
-    if any(key in overlay for key in ('file', 'url', 'hf_hub_id', 'state_dict')):
+    if any(key in overlay for key in SOURCES):
         # Other weights than the tag's: its file must not come before them, nor its names of classes go with them.
         cfg = replace(cfg, **{'file': None, 'label_names': None, **overlay})
     weights, config = read_weights(cfg, cache_dir)
@@ -72,7 +74,7 @@ def build_model(
         check_config(config, variant, cfg, model_args, pretrained_cfg_overlay)
 
     stored = cfg
-    stem = next((weights[f'{name}.weight'] for name in _names(cfg.first_conv) if f'{name}.weight' in weights), None)
+    stem = next((weights[f'{name}.weight'] for name in as_names(cfg.first_conv) if f'{name}.weight' in weights), None)
     if config is None and stem is not None and stem.dim() == 4:
         # The overlay may state other images than those of the weights.
         stored = replace(cfg, input_size=(stem.shape[1], *cfg.input_size[1:]))
@@ -87,7 +89,7 @@ def build_model(
             state_dict=fitted,
             num_classes=cfg.num_classes,
             input_size=stored.input_size,
-            first_conv=tuple(name for name in _names(cfg.first_conv) if f'{name}.weight' in fitted),
+            first_conv=tuple(name for name in as_names(cfg.first_conv) if f'{name}.weight' in fitted),
         )
         model = model_cls(**model_kwargs)
         source['classifier'] = model.classifier_names
@@ -276,7 +278,7 @@ def fit_weights(weights: dict[str, torch.Tensor], model: nn.Module, cfg: Pretrai
             f'The weights were trained with nodes={nodes}{f" and heads {heads}" if heads else ""}, the model has '
             f'nodes={model.nodes}. Only the same tree, a prefix of it, or one with a multiple of the nodes of every '
             'block can take them.')
-    stems = {f'{name}.weight' for name in _names(cfg.first_conv)}
+    stems = {f'{name}.weight' for name in as_names(cfg.first_conv)}
     wrong = []
     for name, tensor in fitted.items():
         shape = target[name].shape
@@ -290,7 +292,7 @@ def fit_weights(weights: dict[str, torch.Tensor], model: nn.Module, cfg: Pretrai
     return fitted
 
 
-def _names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+def as_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
