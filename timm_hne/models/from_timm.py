@@ -154,6 +154,11 @@ class HNEFromTimm(ReplicatedEnsemble):
         return tuple(f'heads.{member}.{name}' for member in range(self.nodes[-1]) for name in self._classifiers)
 
     @property
+    def base_names(self) -> dict[str, str]:
+        """The name that each tensor of the base has in a tree with one member."""
+        return {key: f'{name}.0.{key}' for name, part in self.parts().items() for key in part[0].state_dict()}
+
+    @property
     def model_args(self) -> dict[str, Any]:
         """The arguments by which `timm.create_model('hne_from_timm', ...)` makes such a model, weights aside."""
         own = ('num_classes', 'in_chans', 'img_size', 'num_members', 'global_pool')
