@@ -46,6 +46,8 @@ def from_name(
     The other arguments are those of `hierarchize` and of timm's models.
     """
     check_base(base)
+    if not _base_cfg(base).fixed_input_size:
+        img_size = None  # images of any size, as the model's cfg says
     given = dict(global_pool=global_pool, drop_path_rate=drop_path_rate, img_size=img_size, device=device, dtype=dtype)
     base_args = _check_base_args(base_args, {*given, 'num_classes', 'in_chans', 'drop_rate', 'cache_dir'})
     pooled = global_pool != ''
@@ -136,8 +138,8 @@ def hne_from_timm(
         cfg = _cfg_of(base, kwargs.get('nodes'))
         if not cfg.num_classes and 'num_classes' not in kwargs:
             raise ValueError(f'base {base} has no classifier, num_classes must be given.')
-    if 'img_size' in kwargs and not cfg.fixed_input_size:
-        size = kwargs.pop('img_size')
+    if kwargs.get('img_size') is not None:
+        size = kwargs['img_size']
         size = (size, size) if isinstance(size, int) else tuple(size)
         overlay['input_size'] = (kwargs.get('in_chans', cfg.input_size[0]), *size)
     of_ensemble = pretrained and (published or any(overlay.get(key) for key in SOURCES))
@@ -158,9 +160,13 @@ def hne_from_timm(
     return model
 
 
+def _base_cfg(base: str) -> PretrainedCfg:
+    return get_pretrained_cfg(base) or PretrainedCfg()
+
+
 def _cfg_of(base: str, nodes: Sequence[int] | None) -> PretrainedCfg:
     """Return the cfg of a base without its weights, with the names that modules have in an ensemble."""
-    cfg = get_pretrained_cfg(base) or PretrainedCfg()
+    cfg = _base_cfg(base)
     stems = [f'blocks.0.{node}.{stem}' for node in range((nodes or (1,))[0]) for stem in as_names(cfg.first_conv)]
     empty = dict.fromkeys((*SOURCES, 'source', 'tag', 'hf_hub_filename', 'label_offset'))
     return replace(cfg, **empty, architecture='hne_from_timm', custom_load=False, first_conv=tuple(stems) or None)
