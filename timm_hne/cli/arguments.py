@@ -1,6 +1,8 @@
 """Arguments that several commands share."""
 import argparse
 
+from timm.utils import ParseKwargs
+
 from ..checks import check_integer
 from ..models.ensemble import HierarchicalEnsemble
 
@@ -13,13 +15,31 @@ def add_model_arguments(parser: argparse.ArgumentParser, in_chans: bool = False)
     parser.add_argument('--nodes', type=int, nargs='+', help='nodes of each block, for another tree')
     if in_chans:
         parser.add_argument('--in-chans', type=int)
+    add_model_kwargs(parser)
     add_img_size(parser)
+
+
+class _Arguments(ParseKwargs):
+    """Reads NAME=VALUE ... as timm's scripts do."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if '=' not in value:
+                parser.error(f'{option_string} takes NAME=VALUE, such as base=resnet50 nodes=1,1,2,4,8, got {value!r}')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_model_kwargs(parser: argparse.ArgumentParser, default: object = None) -> None:
+    """Add `--model-kwargs NAME=VALUE ...`, which holds any argument of a model."""
+    parser.add_argument(
+        '--model-kwargs', nargs='*', default=default, action=_Arguments, metavar='NAME=VALUE',
+        help='further arguments of the model, e.g. base=resnet50 nodes=1,1,2,4,8')
 
 
 def model_kwargs(args: argparse.Namespace) -> dict:
     """Return the arguments of the model that were given."""
     given = {name: getattr(args, name, None) for name in ('base', 'num_classes', 'nodes', 'in_chans')}
-    return {name: value for name, value in given.items() if value is not None}
+    return {**(args.model_kwargs or {}), **{name: value for name, value in given.items() if value is not None}}
 
 
 def add_img_size(parser: argparse.ArgumentParser, default: str = "the model's own") -> None:

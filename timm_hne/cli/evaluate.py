@@ -17,7 +17,7 @@ from ..pretrained import state_digest
 from ..process import keep_freed_memory
 from ..training.checkpoint import RunCheckpoint
 from ..training.datasets import ImageSubset, class_names_of, open_dataset
-from .arguments import add_img_size, input_size
+from .arguments import add_img_size, add_model_kwargs, input_size, model_kwargs
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'model', nargs='?',
         help='a registered model (its pretrained weights are used unless there is a checkpoint) or a Hub model '
              '(hf-hub:user/name); the one in the checkpoint if left out')
+    add_model_kwargs(parser)
     parser.add_argument('--checkpoint', metavar='PATH', help="a checkpoint of this package's or timm's training")
     parser.add_argument('--data-dir', metavar='DIR', help='folder of the data')
     parser.add_argument(
@@ -83,10 +84,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f'output must end in .json, got {str(args.output)!r}.')
     if args.checkpoint:
         checkpoint = RunCheckpoint.read(args.checkpoint)
-        model = checkpoint.create_model(args.model)
+        model = checkpoint.create_model(args.model, **model_kwargs(args))
         config, recipe, data_args = checkpoint.config, checkpoint.recipe, checkpoint.data_config
     else:
-        model, config, recipe, data_args = create_ensemble(args.model, pretrained=True), {}, {}, {}
+        model = create_ensemble(args.model, pretrained=True, **model_kwargs(args))
+        config, recipe, data_args = {}, {}, {}
     device = torch.device(args.device)
 
     # How images were prepared for the validation in training holds here too.

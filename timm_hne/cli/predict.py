@@ -10,6 +10,7 @@ from ..images import load_image
 from ..models.create import create_ensemble
 from ..process import keep_freed_memory
 from ..tree import prefixes, validate_num_members
+from .arguments import add_model_kwargs, model_kwargs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--model', default='hne_resnet50_c8', metavar='NAME',
         help='a registered model, a Hub model (hf-hub:user/name) or a published folder (local-dir:FOLDER); default: '
              '%(default)s')
+    add_model_kwargs(parser)
     cost = parser.add_mutually_exclusive_group()
     cost.add_argument('--num-members', type=int, metavar='n', help='number of members (default: all)')
     cost.add_argument(
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         check_number('budget_ms', args.budget_ms, 0, above=True)
     if torch.device(args.device).type == 'cpu':
         keep_freed_memory()
-    model = create_ensemble(args.model, pretrained=True).to(args.device).eval()
+    model = create_ensemble(args.model, pretrained=True, **model_kwargs(args)).to(args.device).eval()
     labels = model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
     if args.budget_ms is None:
         num_members = model.ensemble_size if args.num_members is None else args.num_members

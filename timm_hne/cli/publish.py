@@ -14,9 +14,10 @@ from ..models.ensemble import HierarchicalEnsemble
 from ..pretrained import DIGESTS_NAME, digest, read_digests, state_digest
 from ..training.checkpoint import RunCheckpoint
 from ..training.recipe import read_recipe
+from .arguments import add_model_kwargs, model_kwargs
 
 
-def _read_run(path: Path, name: str | None) -> tuple[HierarchicalEnsemble, RunCheckpoint]:
+def _read_run(path: Path, name: str | None, **kwargs) -> tuple[HierarchicalEnsemble, RunCheckpoint]:
     """Return the model of a checkpoint or of a published folder, and what is known of how it was trained.
 
     Raises:
@@ -31,7 +32,7 @@ def _read_run(path: Path, name: str | None) -> tuple[HierarchicalEnsemble, RunCh
     if not newest.is_finished:
         raise ValueError(
             f'checkpoint {path} is unfinished: {newest.epoch + 1} of {newest.epochs_planned} epochs are done.')
-    return checkpoint.create_model(name), checkpoint
+    return checkpoint.create_model(name, **kwargs), checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--folder', help="folder to write (default: the repository's name)")
     parser.add_argument('--dtype', choices=sorted(DTYPES), default='float16', help='default: %(default)s')
     parser.add_argument('--model', help='architecture, if the checkpoint does not say')
+    add_model_kwargs(parser)
     parser.add_argument(
         '--results', metavar='FILE', help=f'output of `timm-hne eval` (default: {RESULTS_NAME} beside the checkpoint)')
     parser.add_argument(
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: Model, results and recipe do not fit each other, or an argument is wrong.
     """
     path = Path(args.checkpoint)
-    model, checkpoint = _read_run(path, args.model)
+    model, checkpoint = _read_run(path, args.model, **model_kwargs(args))
     folder = path if path.is_dir() else path.parent
     recipe = _read(args.recipe, folder / RECIPE_NAME)
     if recipe is None and args.recipe is None:

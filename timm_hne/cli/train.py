@@ -15,6 +15,7 @@ import yaml
 
 from ..training.recipe import TrainConfig, read_recipe
 from ..training.trainer import train
+from .arguments import add_model_kwargs
 
 
 def _read_value(text: str) -> Any:
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--recipe', default='', help='a YAML file, or the name of one in timm_hne/recipes')
     for key in fields(TrainConfig):
         option = '--' + key.name.replace('_', '-')
-        if key.type is bool:
+        if key.name == 'model_kwargs':
+            add_model_kwargs(parser, argparse.SUPPRESS)
+        elif key.type is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
         elif str in (key.type, *get_args(key.type)):
             parser.add_argument(option, default=argparse.SUPPRESS)

@@ -103,7 +103,9 @@ def write_folder(
                 data_config=data_config,
             )
         config = json.loads((new / CONFIG_NAME).read_text())
-        config['model_args'].pop('num_members', None)  # chosen by who loads, and out of range for a prefix
+        # Chosen by who loads: the first is out of range for a prefix, the others are about weights that are replaced.
+        for key in ('num_members', 'init', 'noise', 'seed'):
+            config['model_args'].pop(key, None)
         config['model_args'] = dict(sorted(config['model_args'].items()))
         for key in ('tag', 'label_names'):  # of the packaged weights of this architecture
             config['pretrained_cfg'].pop(key, None)

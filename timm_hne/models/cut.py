@@ -58,6 +58,7 @@ class CutModel:
     input_size: tuple[int, int, int]
 
 
+@torch.inference_mode(False)  # whose tensors do not count how often they are written to
 def cut_model(
         model: nn.Module,
         taps: int | Sequence[str] | None = None,

@@ -79,7 +79,7 @@ class ReplicatedBlock(ReplicatedModules, Block):
     def forward(self, x: list[Any] | torch.Tensor, span: tuple[int, int] | None = None) -> list[Any]:
         start, stop = (0, self.nodes) if span is None else span
         family = self.nodes // self.parents
-        features = [x] if isinstance(x, torch.Tensor) else x
+        features = x if isinstance(x, list) else [x]
         outputs = []
         for node in range(start, stop):
             parent = features[node // family - start // family]
@@ -149,7 +149,7 @@ class ReplicatedEnsemble(HierarchicalEnsemble):
         return tuple(name for name, module in self.named_modules() if id(module) in classifiers)
 
     def head_parts(self) -> dict[str, NodeWeights]:
-        return {'heads': self.heads}
+        return {'heads': self.heads} if len(self.heads) else {}
 
     def head_members(self, x: list[Any], span: tuple[int, int] | None = None, pre_logits: bool = False) -> torch.Tensor:
         if self.poolings == 0:
@@ -158,7 +158,9 @@ class ReplicatedEnsemble(HierarchicalEnsemble):
         return torch.stack([self.heads[m](x[m - start], pre_logits) for m in range(start, stop)], dim=1)
 
     def remove_head(self) -> None:
-        self.reset_classifier(0, '')
+        self.heads = ReplicatedModules(())
+        self.num_classes = self.poolings = 0
+        self.head_hidden_size = self.num_features
 
     def get_classifier(self) -> nn.ModuleList:
         """The classifiers of all members."""
@@ -174,17 +176,27 @@ class ReplicatedEnsemble(HierarchicalEnsemble):
             global_pool: timm's name of a pooling, '' for none; as it is if None.
 
         Raises:
-            ValueError: `num_classes` is negative, or a classifier is asked for with `global_pool=''`.
+            ValueError: `num_classes` is negative, a classifier is asked for with `global_pool=''`, or the heads were
+                removed with the blocks before them.
         """
         check_integer('num_classes', num_classes, 0)
+        if not len(self.heads) and (num_classes or global_pool != ''):
+            raise ValueError(f'The heads were removed with the last blocks, got num_classes={num_classes}.')
         if num_classes and global_pool == '':
             raise ValueError(f"A classifier of {num_classes} classes needs a pooling, got global_pool=''.")
         if global_pool != '':
+            copy.deepcopy(self.heads[0]).reset_classifier(num_classes, global_pool)  # fails before anything has changed
+            present = set(self.modules())
             for head in self.heads:
                 head.reset_classifier(num_classes, global_pool)
-            self.poolings = 1
-        else:
-            self.poolings = 0
+            # A head without parameters does not know where its classifier belongs.
+            like = next(self.parameters())
+            for module in set(self.heads.modules()) - present:
+                module.to(like.device, like.dtype).training = self.training
+            # Another pooling may have more features.
+            hidden = getattr(self.heads[0], 'head_hidden_size', self.head_hidden_size // self.nodes[-1])
+            self.head_hidden_size = hidden * self.nodes[-1]
+        self.poolings = int(global_pool != '')
         self.num_classes = num_classes
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from ..pretrained import CONFIG_NAME, available_weights, check_config, read_weig
 
 __all__ = ['NOISE', 'build_model', 'fit_weights', 'grow_nodes', 'grow_weights', 'load_grown']
 
+# Where weights come from, in a cfg.
+SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
 NOISE = 0.05  # of a copy, relative to the root mean square of the tensor
 
 
@@ -64,30 +66,27 @@ def build_model(
     except RuntimeError as error:
         raise RuntimeError(f'{error} {available_weights()}') from error
     overlay = pretrained_cfg_overlay or {}
-    if any(key in overlay for key in ('file', 'url', 'hf_hub_id', 'state_dict')):
+    if any(key in overlay for key in SOURCES):
         # Other weights than the tag's: its file must not come before them, nor its names of classes go with them.
         cfg = replace(cfg, **{'file': None, 'label_names': None, **overlay})
     weights, config = read_weights(cfg, cache_dir)
     if config is not None:
         check_config(config, variant, cfg, model_args, pretrained_cfg_overlay)
 
-    stored = cfg
-    stem = next((weights[f'{name}.weight'] for name in _names(cfg.first_conv) if f'{name}.weight' in weights), None)
-    if config is None and stem is not None and stem.dim() == 4:
-        # The overlay may state other images than those of the weights.
-        stored = replace(cfg, input_size=(stem.shape[1], *cfg.input_size[1:]))
-
     def create(**model_kwargs) -> nn.Module:
         # On the meta device nothing is allocated, however large the model would be.
         on_meta = {**model_kwargs, 'device': 'meta'}
         if config is not None:
             _check_sizes(weights, cfg, model_args, model_cls, on_meta)
-        fitted = fit_weights(weights, model_cls(**on_meta), stored)
+        meta = model_cls(**on_meta)
+        meta.pretrained_cfg = vars(cfg)
+        stored = cfg if config is not None else _as_stored(cfg, weights, meta)
+        fitted = fit_weights(weights, meta, stored)
         source = dict(
             state_dict=fitted,
-            num_classes=cfg.num_classes,
+            num_classes=stored.num_classes,
             input_size=stored.input_size,
-            first_conv=tuple(name for name in _names(cfg.first_conv) if f'{name}.weight' in fitted),
+            first_conv=tuple(name for name in as_names(cfg.first_conv) if f'{name}.weight' in fitted),
         )
         model = model_cls(**model_kwargs)
         source['classifier'] = model.classifier_names
@@ -95,6 +94,17 @@ def build_model(
         return model
 
     return build_model_with_cfg(create, variant, False, pretrained_cfg=cfg, **kwargs)
+
+
+def _as_stored(cfg: PretrainedCfg, weights: dict[str, torch.Tensor], model: nn.Module) -> PretrainedCfg:
+    """Return a cfg with the classes and image channels that the weights have; an overlay may state other ones."""
+    try:
+        sizes = read_sizes(weights, model)
+    except (KeyError, ValueError):
+        return cfg  # `fit_weights` says what is wrong
+    input_size = (sizes.get('in_chans', cfg.input_size[0]), *cfg.input_size[1:])
+    # timm's train.py states -1 classes for a new classifier whatever the weights are.
+    return replace(cfg, num_classes=sizes['num_classes'] if cfg.num_classes >= 0 else -1, input_size=input_size)
 
 
 def _is_prefix(nodes: tuple[int, ...], tree: tuple[int, ...]) -> bool:
@@ -137,6 +147,35 @@ def _check_sizes(
     except Exception as error:  # whatever a constructor makes of junk
         reason = str(error).partition('\n')[0]
         raise ValueError(f'{CONFIG_NAME} does not belong to the weights: {reason:.500}') from error
+
+
+def read_sizes(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, Any]:
+    """Read nodes, classes and image channels off weights.
+
+    Args:
+        weights: Tensors by their names.
+        model: The model that they are of, whatever its nodes, classes and channels, also on the meta device.
+
+    Returns:
+        `nodes`, `num_classes`, and `in_chans` if the first layer is a convolution.
+
+    Raises:
+        KeyError: A tensor is missing.
+        ValueError: The weights are those of another model.
+    """
+    weights = _of_members(weights, model)
+    parts = node_weights({key: weight for key, weight in weights.items() if key.startswith('blocks.')}, model)
+    nodes = tuple(len(parts[f'blocks.{b}']) for b in range(len(model.nodes)))
+    classifier = f'{model.classifier_names[0]}.weight'
+    members = 1 if classifier.startswith('heads.') else nodes[-1]
+    num_classes, rest = divmod(len(weights[classifier]), members)
+    if rest:
+        raise ValueError(f'{classifier} has {rest} rows more than {members} members with {num_classes} classes have.')
+    sizes = {'nodes': nodes, 'num_classes': num_classes}
+    stem = next((f'{name}.weight' for name in as_names(model.pretrained_cfg['first_conv'])), None)
+    if stem is not None and weights[stem].dim() == 4:
+        sizes['in_chans'] = weights[stem].shape[1]
+    return sizes
 
 
 def node_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, list[dict[str, torch.Tensor]]]:
@@ -247,8 +286,8 @@ def fit_weights(
     """Return weights for every node of a model from a checkpoint of the same architecture.
 
     The nodes may be the same, or fewer than the checkpoint has, the first of each block; or more, then those of the
-    checkpoint are replicated, with noise. The classifier and the first convolution are left to timm where the numbers
-    of classes or channels differ.
+    checkpoint are replicated, with noise. Weights of the base of `hne_from_timm` are those of a tree with one member.
+    The classifier and the first convolution are left to timm where the numbers of classes or channels differ.
 
     Args:
         weights: Tensors by their names.
@@ -267,6 +306,7 @@ def fit_weights(
     # Weights of more members have classifiers that the model has not.
     classifiers = {_any_node(name) for name in left_out}
 
+    weights = _of_members(weights, model)
     wanted = {name: tensor for name, tensor in weights.items() if _any_node(name) not in classifiers}
     stored = node_weights(wanted, model)
     parts = model.parts()
@@ -297,7 +337,7 @@ def fit_weights(
             f'The weights were trained with nodes={nodes}{f" and heads {heads}" if heads else ""}, the model has '
             f'nodes={model.nodes}. Only the same tree, a prefix of it, or one with a multiple of the nodes of every '
             'block can take them.')
-    stems = {f'{name}.weight' for name in _names(cfg.first_conv)}
+    stems = {f'{name}.weight' for name in as_names(cfg.first_conv)}
     wrong = []
     for name, tensor in fitted.items():
         shape = target[name].shape
@@ -311,8 +351,14 @@ def fit_weights(
     return fitted
 
 
-def _names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+def as_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _of_members(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights of a base as those of a tree with one member, and others as they are."""
+    names = getattr(model, 'base_names', {})
+    return {names[name]: tensor for name, tensor in weights.items()} if weights.keys() <= names.keys() else weights
 
 
 def _any_node(name: str) -> str:

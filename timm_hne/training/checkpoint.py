@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 from timm.models import load_state_dict
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, NativeScaler, load_checkpoint_metadata
 
 from ..models.create import create_ensemble
 from ..models.ensemble import HierarchicalEnsemble
-from ..models.weights import node_weights
+from ..models.weights import NOISE, load_grown, read_sizes
 from .recipe import TrainConfig, image_preparation, in_phase
 
 __all__ = ['FREE_KEYS', 'CheckpointWriter', 'RunCheckpoint', 'load_checkpoint', 'recipe_of']
@@ -190,30 +189,28 @@ class RunCheckpoint:
             raise ValueError(f'{self.argument} {self.path} cannot be read: {error}') from error
         return weights
 
-    def load_into(self, model: nn.Module) -> None:
-        """Load the weights into a model.
+    def load_into(self, model: HierarchicalEnsemble, noise: float = NOISE) -> None:
+        """Load the weights into a model, which may have more nodes, or fewer; see `timm_hne.models.weights.load_grown`.
+
+        Args:
+            model: Any `hne_*` model.
+            noise: Standard deviation of the noise of copies, relative to the root mean square of a tensor.
 
         Raises:
             ValueError: They are those of another model.
         """
-        weights = self.weights()
-        found, expected = (
-            {name: tuple(tensor.shape) for name, tensor in state.items()} for state in (weights, model.state_dict()))
-        wrong = [
-            f'{name} {found.get(name, "missing")}, not {expected.get(name, "there")}'
-            for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)
-        ]
-        if wrong:
+        try:
+            load_grown(model, self.weights(), noise)
+        except ValueError as error:
             raise ValueError(
-                f'{self.argument} {self.path} is of another architecture, other nodes or classes: {len(wrong)} '
-                f'tensors differ, such as {"; ".join(wrong[:3])}.')
-        model.load_state_dict(weights)
+                f'{self.argument} {self.path} is of another architecture, other nodes or classes: {error}') from error
 
-    def create_model(self, name: str | None = None) -> HierarchicalEnsemble:
+    def create_model(self, name: str | None = None, **kwargs) -> HierarchicalEnsemble:
         """Build the model and load the weights. Nodes, classes and image channels are read off the weights.
 
         Args:
             name: Name of the model; the one in the file if None.
+            **kwargs: Arguments of the model that the file does not say, or says otherwise.
 
         Raises:
             ValueError: The file does not say which model it is of, or is one of another model.
@@ -222,11 +219,17 @@ class RunCheckpoint:
         name = name or self.arch
         if name is None:
             raise ValueError(f'{self.argument} {self.path} does not say which model it is of, name it.')
-        kwargs = dict(self.config.get('model_kwargs') or {})
+        recorded = dict(self.config.get('model_kwargs') or {})
         if self.args.get('gp') is not None:  # timm's option --gp
-            kwargs['global_pool'] = self.args['gp']
+            recorded['global_pool'] = self.args['gp']
+        kwargs = {**recorded, **kwargs}
+        if name.startswith('hne_from_timm'):
+            size = self.config.get('input_size') or self.config.get('img_size')
+            if size is not None:
+                kwargs.setdefault('img_size', size if isinstance(size, int) else tuple(size)[-2:])
+            kwargs['init'] = 'copy'  # all weights are replaced
         try:
-            kwargs.update(_sizes(weights, name, kwargs))
+            kwargs.update(read_sizes(weights, create_ensemble(name, device='meta', **kwargs)))
             model = create_ensemble(name, **kwargs)
             model.load_state_dict(weights)
         except KeyError as error:
@@ -334,7 +337,11 @@ class CheckpointWriter:
             (self.folder / _UNFINISHED).unlink(missing_ok=True)  # is there only if the saver was interrupted
 
 
-def load_checkpoint(path: str | os.PathLike, name: str | None = None) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
+def load_checkpoint(
+        path: str | os.PathLike,
+        name: str | None = None,
+        **kwargs,
+) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
     """Build the model of a checkpoint and load its weights, the averaged ones (EMA) if there are any.
 
     The sharing scheme, classes and image channels are read off the weights.
@@ -342,6 +349,7 @@ def load_checkpoint(path: str | os.PathLike, name: str | None = None) -> tuple[H
     Args:
         path: Checkpoint of this package's or timm's training, or a state dict, as a PyTorch or safetensors file.
         name: Name of the model; the one in the checkpoint if None.
+        **kwargs: Arguments of the model that the checkpoint does not say, or says otherwise.
 
     Returns:
         The model, and the arguments of its training as far as the checkpoint has them, with `epochs` being those done.
@@ -351,25 +359,4 @@ def load_checkpoint(path: str | os.PathLike, name: str | None = None) -> tuple[H
         ValueError: The file is no checkpoint of this model, or is damaged.
     """
     checkpoint = RunCheckpoint.read(path)
-    return checkpoint.create_model(name), checkpoint.config
-
-
-def _sizes(weights: dict[str, torch.Tensor], name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Read nodes, classes and image channels of a model off its weights; `kwargs` are its other arguments.
-
-    Raises:
-        KeyError: A tensor is missing.
-        ValueError: The weights are those of another model.
-    """
-    model = create_ensemble(name, device='meta', **kwargs)
-    parts = node_weights({key: weight for key, weight in weights.items() if key.startswith('blocks.')}, model)
-    nodes = tuple(len(parts[f'blocks.{b}']) for b in range(len(model.nodes)))
-
-    model = create_ensemble(name, device='meta', **{**kwargs, 'nodes': nodes})
-    classifier, first_conv = model.classifier_names[0], model.pretrained_cfg['first_conv']
-    rows_of_a_class = len(model.state_dict()[f'{classifier}.weight']) // model.num_classes
-    num_classes, rest = divmod(len(weights[f'{classifier}.weight']), rows_of_a_class)
-    if rest:
-        raise ValueError(f'{classifier} has {rest} rows more than {nodes[-1]} members with {num_classes} classes have.')
-    first_conv = first_conv if isinstance(first_conv, str) else first_conv[0]
-    return {'nodes': nodes, 'num_classes': num_classes, 'in_chans': weights[f'{first_conv}.weight'].shape[1]}
+    return checkpoint.create_model(name, **kwargs), checkpoint.config

@@ -94,7 +94,7 @@ def create_trained_model(
     if weights is not None:
         load_grown(model, weights, config.grow_noise)
     elif config.initial_checkpoint:
-        RunCheckpoint.read(config.initial_checkpoint, 'initial_checkpoint').load_into(model)
+        RunCheckpoint.read(config.initial_checkpoint, 'initial_checkpoint').load_into(model, config.grow_noise)
     data_config = resolve_data_config({'in_chans': config.in_chans}, model=model)
     for name in ('mean', 'std'):
         if len(data_config[name]) != config.in_chans:
