@@ -104,7 +104,10 @@ def write_folder(
             )
         config = json.loads((new / CONFIG_NAME).read_text())
         config['model_args'].pop('num_members', None)  # chosen by who loads, and out of range for a prefix
+        # Stands in `config` itself, whence transformers takes it and would pass it twice.
+        config['model_args'].pop('num_classes', None)
         config['model_args'] = dict(sorted(config['model_args'].items()))
+        config['dtype'] = 'float32'  # for transformers, which would else compute in the type that is stored
         for key in ('tag', 'label_names'):  # of the packaged weights of this architecture
             config['pretrained_cfg'].pop(key, None)
         if license:
