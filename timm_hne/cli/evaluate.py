@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="timm's name of a data set, e.g. torch/cifar10, or digits (default: an image folder)")
     parser.add_argument(
         '--data-name', metavar='NAME',
-        help="name of the data in the results, by which plot.py finds the paper's: cifar10 or cifar100 (default: the "
-             'name of the data set, or of the folder)')
+        help="name of the data in the results, by which `timm-hne plot` finds the paper's: cifar10 or cifar100 "
+             '(default: the name of the data set, or of the folder)')
     parser.add_argument('--split', default='validation', help='split of the data set (default: %(default)s)')
     add_img_size(parser, 'as trained')
     parser.add_argument('--batch-size', type=int, default=256)
