@@ -782,5 +782,7 @@ def test_command_without_results(alice, run_folder, capsys):
     (run_folder / 'evaluation.json').unlink()
     with pytest.raises(SystemExit, match='1'):
         command(run_folder / 'last.pth.tar', '--repo-id', 'alice/net')
-    assert 'timm-hne publish: results must be what `timm-hne eval` wrote' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f'results are missing: there is no {run_folder / "evaluation.json"}' in error
+    assert f'timm-hne eval --checkpoint {run_folder / "last.pth.tar"} --output {run_folder / "evaluation.json"}' in error
     assert not alice.log
