@@ -783,6 +783,7 @@ def test_command_without_results(alice, run_folder, capsys):
     with pytest.raises(SystemExit, match='1'):
         command(run_folder / 'last.pth.tar', '--repo-id', 'alice/net')
     error = capsys.readouterr().err
-    assert f'results are missing: there is no {run_folder / "evaluation.json"}' in error
-    assert f'timm-hne eval --checkpoint {run_folder / "last.pth.tar"} --output {run_folder / "evaluation.json"}' in error
+    checkpoint, results = run_folder / 'last.pth.tar', run_folder / 'evaluation.json'
+    assert f'results are missing: there is no {results}' in error
+    assert f'timm-hne eval --checkpoint {checkpoint} --output {results}' in error
     assert not alice.log

@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> None:
     if results is None and args.results is None:
         which = f'local-dir:{path}' if path.is_dir() else f'--checkpoint {path}'
         raise ValueError(
-            f'results are missing: there is no {folder / RESULTS_NAME}, and `--results` names no other file. Measure the '
-            f'model, then publish again:\n    timm-hne eval {which} --output {folder / RESULTS_NAME}')
+            f'results are missing: there is no {folder / RESULTS_NAME}, and `--results` names no other file. Measure '
+            f'the model, then publish again:\n    timm-hne eval {which} --output {folder / RESULTS_NAME}')
     if path.is_dir() and args.results is None:
         _tie(results, folder, model)
     where = publish(
