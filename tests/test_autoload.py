@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from timm_hne.version import NEEDED_TIMM, check_timm
+
 # timm imports torch before its models, torch calls the entry point, and timm_hne needs complete timm.models.
 TORCH = 'import timm_hne_autoload; timm_hne_autoload.arm()'
 TIMM = 'import torch; from .models import register, registry'
@@ -222,3 +224,31 @@ def test_installed_timm_with_broken_timm_hne(tmp_path):
     (tmp_path / 'timm_hne.py').write_text('raise OSError("no libgomp")')
     errors = run('import timm, torch; assert timm.list_models() and not timm.list_models("hne_*")', tmp_path)
     assert errors.count('\n') == 1 and 'no libgomp' in errors and 'TIMM_HNE_AUTOLOAD=0' in errors
+
+
+@pytest.mark.parametrize('version', ['1.0.30', '1.0.29.dev0', '0.9.16'])
+def test_an_older_timm_is_named_with_the_way_out(monkeypatch, version):
+    monkeypatch.setattr('timm.version.__version__', version)
+    with pytest.raises(ImportError, match=rf'needs timm {NEEDED_TIMM} or later, .* {version} in .*timm-hne run SCRIPT'):
+        check_timm()
+
+
+@pytest.mark.parametrize('version', ['1.0.31', '1.0.31.dev0', '1.1.0', '2.0'])
+def test_a_newer_timm_will_do(monkeypatch, version):
+    monkeypatch.setattr('timm.version.__version__', version)
+    check_timm()
+
+
+def test_a_script_in_a_clone_of_an_older_timm_is_warned(tmp_path):
+    error = run("""
+import sys
+version = sys.modules['timm.version'] = type(sys)('timm.version')
+version.__version__, version.__file__ = '1.0.30', '/clone/timm/version.py'
+import timm
+assert not timm.list_models('hne_*')
+""", tmp_path)
+    assert 'The hne_* models are not available' in error and 'timm-hne run SCRIPT' in error
+
+
+def test_the_timm_that_is_needed_is_the_one_that_pip_installs():
+    assert f'"timm>={NEEDED_TIMM}"' in (Path(__file__).parent.parent / 'pyproject.toml').read_text()

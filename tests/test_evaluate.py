@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from timm.data import create_loader
 from timm.models import save_for_hf
 from timm.utils import CheckpointSaver
 
@@ -26,6 +28,8 @@ from timm_hne.images import load_image
 from timm_hne.models.hne_resnet import HNEResNet
 from timm_hne.pretrained import state_digest
 from timm_hne.training.checkpoint import RunCheckpoint, load_checkpoint
+from timm_hne.training.datasets import create_datasets
+from timm_hne.training.recipe import TrainConfig
 
 NAME = 'hne_resnet50_c8'
 NODES = (1, 1, 2, 2, 4)
@@ -293,6 +297,40 @@ def test_digits(tmp_path):
     result = json.loads(output.read_text())
     assert (result['data'], result['num_images'], result['objective'], result['alpha']) == (
         'digits', 360, 'independent', None)
+
+
+def test_data_are_those_of_the_checkpoint(tmp_path, folder, model):
+    trained = dict(dataset='', data_dir=str(folder), val_split='test', img_size=8)
+    path, output = save(tmp_path, model, **trained), tmp_path / 'run.json'
+
+    def measure(*arguments):
+        main(['eval', '--checkpoint', str(path), '--workers', '0', '--output', str(output), *arguments])
+        result = json.loads(output.read_text())
+        return result['data'], result['split'], result['num_images']
+
+    assert measure() == ('blobs', 'test', 4 * CLASSES)
+    assert measure('--split', 'train') == ('blobs', 'train', CLASSES)
+    with pytest.raises(SystemExit):
+        measure('--dataset', 'digits')  # grey
+    path = save(tmp_path, create(in_chans=1, num_classes=10), mean=(0.5,), std=(0.5,), img_size=8, dataset='digits')
+    assert measure() == ('digits', 'validation', 360)
+
+
+def test_what_was_held_out_is_evaluated(tmp_path, folder, model, monkeypatch):
+    """The images of `val_fraction`, which no split holds."""
+    trained = asdict(TrainConfig(data_dir=str(folder), train_split='test', val_fraction=0.25, seed=3))
+    del trained['model']
+    *_, held_out, _ = create_datasets('', str(folder), 'test', '', 0.25, seed=3)
+    expected = sorted(held_out.filename(i) for i in range(len(held_out)))
+    assert len(expected) == CLASSES
+    seen = []
+    monkeypatch.setattr(command, 'create_loader', lambda dataset, *args, **kwargs: seen.append(dataset) or
+                        create_loader(dataset, *args, **kwargs))
+    path, output = save(tmp_path, model, **trained), tmp_path / 'run.json'
+    main(['eval', '--checkpoint', str(path), '--img-size', '8', '--workers', '0', '--output', str(output)])
+    assert sorted(seen[0].filename(i) for i in range(len(seen[0]))) == expected
+    result = json.loads(output.read_text())
+    assert (result['split'], result['num_images']) == ('test, held out 0.25', CLASSES)
 
 
 @pytest.mark.parametrize('arguments, message', [

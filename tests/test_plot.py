@@ -1,20 +1,17 @@
-import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / 'train_scripts'
+from timm_hne.cli import main
+from timm_hne.evaluation import figures
 
 
 @pytest.fixture(scope='module')
 def plot():
-    spec = importlib.util.spec_from_file_location('plot', SCRIPTS / 'plot.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**vars(figures), main=lambda arguments: main(['plot', *arguments]))
 
 
 def make_run(objective='independent', alpha=None, nodes=(1, 2, 4, 8, 16), data='cifar10', shift=0., **kwargs):

@@ -782,5 +782,8 @@ def test_command_without_results(alice, run_folder, capsys):
     (run_folder / 'evaluation.json').unlink()
     with pytest.raises(SystemExit, match='1'):
         command(run_folder / 'last.pth.tar', '--repo-id', 'alice/net')
-    assert 'timm-hne publish: results must be what `timm-hne eval` wrote' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    checkpoint, results = run_folder / 'last.pth.tar', run_folder / 'evaluation.json'
+    assert f'results are missing: there is no {results}' in error
+    assert f'timm-hne eval --checkpoint {checkpoint} --output {results}' in error
     assert not alice.log

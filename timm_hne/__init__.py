@@ -6,8 +6,11 @@ creates a model, as every process does that imports timm, need not wait for it.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .models import HierarchicalEnsemble, HNEFromTimm, HNEMobileNetV2, HNEResNet, hierarchize
-from .version import __version__
+from .version import __version__, check_timm
+
+check_timm()  # before the models import what an older timm has not
+
+from .models import HierarchicalEnsemble, HNEFromTimm, HNEMobileNetV2, HNEResNet, hierarchize  # noqa: E402
 
 if TYPE_CHECKING:
     from .evaluation import cost_table

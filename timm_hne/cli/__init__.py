@@ -13,6 +13,7 @@ COMMANDS = {
     'cost': ('cost', 'print what n members cost in MACs and parameters'),
     'run': ('run', "run one of timm's scripts with the hne_* models and their loss"),
     'eval': ('evaluate', 'measure accuracy, diversity and calibration for every number of members'),
+    'plot': ('plot', "draw the paper's figures and Table 1 from evaluations"),
     'predict': ('predict', 'print the labels of image files, at a cost of your choice'),
     'bench': ('bench', 'measure the latency of every number of members on this machine'),
     'export': ('export', 'write one ONNX or torch.export program per number of members'),

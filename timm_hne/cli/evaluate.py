@@ -2,8 +2,10 @@
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import create_loader, resolve_data_config
@@ -16,30 +18,63 @@ from ..models.ensemble import HierarchicalEnsemble
 from ..pretrained import state_digest
 from ..process import keep_freed_memory
 from ..training.checkpoint import RunCheckpoint
-from ..training.datasets import ImageSubset, class_names_of, open_dataset
+from ..training.datasets import DIGITS, ImageSubset, class_names_of, create_datasets, open_dataset
 from .arguments import add_img_size, add_model_kwargs, input_size, model_kwargs
 
 _logger = logging.getLogger(__name__)
 
 
-def _open_images(
-        name: str,
-        root: str | None,
-        split: str,
-        model: HierarchicalEnsemble,
-        label_names: Sequence[str] | None,
-) -> Dataset:
-    dataset = open_dataset(name, root, split, model.in_chans)
-    names = class_names_of(dataset)
+@dataclass
+class _Data:
+    """The images to evaluate: those of the command line, and what it leaves out as in training."""
+    name: str
+    root: str | None
+    split: str
+    train_split: str = 'train'
+    val_fraction: float = 0.
+    seed: int = 0
+
+    @classmethod
+    def choose(cls, args: argparse.Namespace, trained: Mapping[str, Any]) -> '_Data':
+        """Choose the images.
+
+        Args:
+            args: The command line.
+            trained: Arguments of the training, ours or timm's; empty if they are not known.
+        """
+        # A folder that is given is no folder of the digits, which need none.
+        other = args.data_dir is not None and trained.get('dataset') == DIGITS
+        name = args.dataset if args.dataset is not None else '' if other else trained.get('dataset') or ''
+        if name != (trained.get('dataset') or ''):
+            trained = {}
+        root = args.data_dir or trained.get('data_dir') or trained.get('data')
+        if args.split is None and trained.get('val_fraction'):
+            train_split, val_fraction, seed = (trained[key] for key in ('train_split', 'val_fraction', 'seed'))
+            return cls(name, root, f'{train_split}, held out {val_fraction}', train_split, val_fraction, seed)
+        return cls(name, root, args.split or trained.get('val_split') or 'validation')
+
+    def open(self, in_chans: int) -> Dataset:
+        if not self.val_fraction:
+            return open_dataset(self.name, self.root, self.split, in_chans)
+        _, held_out, _ = create_datasets(
+            self.name, self.root, self.train_split, '', self.val_fraction, in_chans=in_chans, seed=self.seed)
+        return held_out
+
+
+def _open_images(data: _Data, model: HierarchicalEnsemble, label_names: Sequence[str] | None) -> Dataset:
+    dataset = data.open(model.in_chans)
+    names = class_names_of(getattr(dataset, 'source', dataset))
     if names and len(names) != model.num_classes:
         raise ValueError(
-            f'the model has {model.num_classes} classes, the split {split!r} of {name or root} has {len(names)}: '
-            f'{", ".join(names[:10])}.')
+            f'the model has {model.num_classes} classes, the split {data.split!r} of {data.name or data.root} has '
+            f'{len(names)}: {", ".join(names[:10])}.')
     if names and label_names and names != list(label_names):
         _logger.warning(
             f'the model was trained on classes named {", ".join(label_names[:10])}, those of the data are '
             f'{", ".join(names[:10])}: they count as the same, in this order.')
-    return dataset if isinstance(dataset, IterableDataset) else ImageSubset(dataset, None, 'error', training=False)
+    if isinstance(dataset, (ImageSubset, IterableDataset)):
+        return dataset
+    return ImageSubset(dataset, None, 'error', training=False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,15 +85,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              '(hf-hub:user/name); the one in the checkpoint if left out')
     add_model_kwargs(parser)
     parser.add_argument('--checkpoint', metavar='PATH', help="a checkpoint of this package's or timm's training")
-    parser.add_argument('--data-dir', metavar='DIR', help='folder of the data')
+    parser.add_argument('--data-dir', metavar='DIR', help="folder of the data (default: the checkpoint's)")
     parser.add_argument(
-        '--dataset', default='', metavar='NAME',
-        help="timm's name of a data set, e.g. torch/cifar10, or digits (default: an image folder)")
+        '--dataset', metavar='NAME',
+        help="timm's name of a data set, e.g. torch/cifar10, or digits, or '' for an image folder (default: the "
+             "checkpoint's, else an image folder)")
     parser.add_argument(
         '--data-name', metavar='NAME',
-        help="name of the data in the results, by which plot.py finds the paper's: cifar10 or cifar100 (default: the "
-             'name of the data set, or of the folder)')
-    parser.add_argument('--split', default='validation', help='split of the data set (default: %(default)s)')
+        help="name of the data in the results, by which `timm-hne plot` finds the paper's: cifar10 or cifar100 "
+             '(default: the name of the data set, or of the folder)')
+    parser.add_argument(
+        '--split', help='split of the data set (default: what the checkpoint was validated on, else validation)')
     add_img_size(parser, 'as trained')
     parser.add_argument('--batch-size', type=int, default=256)
     parser.add_argument('--workers', type=int, default=2, help='processes that load images')
@@ -100,7 +137,8 @@ def run(args: argparse.Namespace) -> None:
             f'the model takes images of {model.in_chans} channels, but their mean and standard deviation are known '
             f'for {len(data_config["mean"])} only; its checkpoint does not hold them.')
     label_names = config.get('label_names') if args.checkpoint else model.pretrained_cfg.get('label_names')
-    dataset = _open_images(args.dataset, args.data_dir, args.split, model, label_names)
+    data = _Data.choose(args, config)
+    dataset = _open_images(data, model, label_names)
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],
@@ -127,8 +165,8 @@ def run(args: argparse.Namespace) -> None:
         'model': measured['model'],
         'nodes': measured['nodes'],
         'weights_sha256': state_digest(model.state_dict()),
-        'data': args.data_name or (args.dataset.rpartition('/')[2] or Path(args.data_dir).resolve().name).lower(),
-        'split': args.split,
+        'data': args.data_name or (data.name.rpartition('/')[2] or Path(data.root).resolve().name).lower(),
+        'split': data.split,
         'num_images': measured['num_images'],
         'objective': objective,
         'alpha': config.get('alpha', config.get('hne_alpha')) if distilled else None,

@@ -84,6 +84,11 @@ def run(args: argparse.Namespace) -> None:
         # Weights alone do not say how their images were prepared, but their recipe may. A folder says it itself.
         checkpoint = replace(checkpoint, args={**recipe, **checkpoint.args})
     results = _read(args.results, folder / RESULTS_NAME)
+    if results is None and args.results is None:
+        which = f'local-dir:{path}' if path.is_dir() else f'--checkpoint {path}'
+        raise ValueError(
+            f'results are missing: there is no {folder / RESULTS_NAME}, and `--results` names no other file. Measure '
+            f'the model, then publish again:\n    timm-hne eval {which} --output {folder / RESULTS_NAME}')
     if path.is_dir() and args.results is None:
         _tie(results, folder, model)
     where = publish(

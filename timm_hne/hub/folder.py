@@ -103,10 +103,12 @@ def write_folder(
                 data_config=data_config,
             )
         config = json.loads((new / CONFIG_NAME).read_text())
-        # Chosen by who loads: the first is out of range for a prefix, the others are about weights that are replaced.
-        for key in ('num_members', 'init', 'noise', 'seed'):
+        # Chosen by who loads: the first, out of range for a prefix; the next three concern weights that are replaced.
+        # The number of classes stands in `config` itself, whence transformers takes it and would pass it twice.
+        for key in ('num_members', 'init', 'noise', 'seed', 'num_classes'):
             config['model_args'].pop(key, None)
         config['model_args'] = dict(sorted(config['model_args'].items()))
+        config['dtype'] = 'float32'  # for transformers, which would else compute in the type that is stored
         for key in ('tag', 'label_names'):  # of the packaged weights of this architecture
             config['pretrained_cfg'].pop(key, None)
         if license:

@@ -181,7 +181,8 @@ def open_dataset(
             raise ImportError(f'dataset {name!r} needs the package {package}: pip install {package}')
     if kind in ('', 'torch', 'wds'):
         if not root:
-            raise ValueError(f'data_dir must be the folder of dataset {name!r}, got {root!r}.')
+            what = f'dataset {name!r}' if name else 'images, with a folder for each split and class'
+            raise ValueError(f'data_dir must be the folder of {what}, got {root!r}. Give it by --data-dir.')
         if not kwargs.get('download') and kind != 'wds' and not Path(root).exists():
             raise FileNotFoundError(f'data_dir does not exist: {root}')
     if kind == '' and Path(root).is_dir():
