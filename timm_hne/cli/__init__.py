@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f'unknown argument {unknown[0]!r}' + (f', did you mean {nearest[0]!r}?' if nearest else '.'))
     try:
         args.run(args)
-    except ImportError as error:
-        extras = "pip install 'timm-hne[demo,plots,export]'"
-        parser.exit(1, f'timm-hne {args.command}: {error}. Optional packages come with {extras}.\n')
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        parser.exit(1, f'timm-hne {args.command}: {error}\n')
+    except (ImportError, ValueError, TypeError, OSError, RuntimeError) as error:
+        message = f'timm-hne {args.command}: {" ".join(str(error).split())}'
+        if isinstance(error, ImportError):
+            message += ". Optional packages come with pip install 'timm-hne[demo,plots,export]'."
+        parser.exit(1, f'{message}\n')
     except KeyboardInterrupt:
         parser.exit(130, f'\ntimm-hne {args.command}: interrupted\n')
