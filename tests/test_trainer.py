@@ -546,6 +546,10 @@ def read_arguments(*arguments):
     return cli_train.read_config(parser.parse_args(arguments))
 
 
+def test_there_are_recipes():
+    assert {'cifar10.yaml', 'digits.yaml', 'imagenet.yaml'} <= {path.name for path in RECIPES.glob('*.yaml')}
+
+
 @pytest.mark.parametrize('path', sorted(RECIPES.glob('*.yaml')), ids=lambda path: path.stem)
 def test_recipes_are_valid(path):
     config = read_arguments('--recipe', path.name)
