@@ -23,7 +23,7 @@ from pathlib import Path
 
 import timm
 import torch
-from common import markdown_table, paired_times, write_json
+from common import markdown_table, paired_medians, write_json
 from safetensors.torch import save_file
 
 from timm_hne import HierarchicalEnsemble, HNETask, hierarchize
@@ -76,7 +76,7 @@ def step_times(trees: dict[str, tuple[int, ...]], base: str) -> dict[str, float]
             optimizer.zero_grad()
 
         steps[name] = step
-    return {name: statistics.median(times) for name, times in paired_times(steps, repeats=9, warmup=2).items()}
+    return paired_medians(steps, repeats=9, warmup=2)
 
 
 def load_images(config: TrainConfig, split: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
