@@ -37,7 +37,7 @@ from timm_hne.training.setup import open_data
 from timm_hne.training.trainer import train
 from timm_hne.tree import prefixes
 
-NOISES = (0.05, 0.2, 0.5)
+NOISES = (0.05, 0.3)
 BLOCKS = 5  # of the ResNets, whose stem is a block of its own
 
 
