@@ -157,6 +157,20 @@ def test_uncertainty_has_its_bounds():
     torch.testing.assert_close(variation_ratio(logits[:, :1]), torch.zeros(200))
 
 
+@pytest.mark.parametrize('scale', [0.5, 2., 8.])
+def test_calibrated_confidence(scale):
+    """Against scikit-learn's loss at a fine grid of temperatures, and numpy's quantile."""
+    logits, target = random_problem(400, 3, 6, scale)
+    logits = 3 * logits  # too sure of themselves
+    for n, row in enumerate(accumulate(logits, target, 64)['members'], start=1):
+        mean = logits[:, :n].double().mean(1).numpy()
+        fine = np.geomspace(0.25, 8, 400)
+        losses = [log_loss(target, softmax(mean / temperature, axis=1), labels=range(6)) for temperature in fine]
+        assert row['temperature'] == pytest.approx(fine[np.argmin(losses)], rel=0.06)
+        confidence = softmax(mean / row['temperature'], axis=1).max(axis=1)
+        assert row['usual_confidence'] == pytest.approx(np.quantile(confidence, 0.05), abs=0.03)
+
+
 @pytest.mark.parametrize('shape, target, message', [
     ((2, 3), [0, 0], r'must have the shape \(B, 3, C\)'),
     ((2, 4, 5), [0, 0], r'must have the shape \(B, 3, C\)'),

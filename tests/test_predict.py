@@ -1,6 +1,9 @@
 """`timm-hne predict`: the labels it prints are the model's, whatever the file."""
+import argparse
 import itertools
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +11,13 @@ import timm
 import torch
 from PIL import Image
 from test_hub import results_of, trained_model
+from timm.utils import CheckpointSaver
 
 from timm_hne.__main__ import main
 from timm_hne.hub import write_folder
 from timm_hne.images import load_image
 from timm_hne.models import anytime as anytime_module
+from timm_hne.pretrained import read_results
 
 NODES = (1, 1, 2, 2, 4)
 LABELS = ['ant', 'bee', 'cow', 'dog', 'eel', 'fox', 'gnu', 'hen', 'ibex', 'jay']
@@ -121,8 +126,79 @@ def test_files_that_are_no_images(folder, image, tmp_path, capsys):
     """They are named before anything is predicted."""
     (tmp_path / 'text.jpg').write_text('no image')
     (tmp_path / 'cut.png').write_bytes(image.read_bytes()[:200])
-    for path in (tmp_path / 'missing.png', tmp_path / 'text.jpg', tmp_path / 'cut.png', tmp_path):
+    for path in (tmp_path / 'missing.png', tmp_path / 'text.jpg', tmp_path / 'cut.png'):
         with pytest.raises(SystemExit):
             main(['predict', str(image), str(path), '--model', f'local-dir:{folder}'])
         printed = capsys.readouterr()
         assert f'image {path} cannot be read: ' in printed.err and not printed.out
+
+
+def test_folders_of_images(folder, model, image, tmp_path, capsys):
+    """Whatever lies in them: what cannot be read is named and passed over."""
+    below = tmp_path / 'photos' / 'holiday'
+    below.mkdir(parents=True)
+    image.rename(below / 'b.PNG')
+    Image.new('RGB', (20, 9), 'red').save(below.parent / 'z.jpeg')
+    (below / 'a.jpg').write_text('no image')
+    (below / 'notes.txt').write_text('no image')
+    main(['predict', str(below.parent), '--model', str(folder), '--top-k', '1'])
+    printed = capsys.readouterr()
+    assert re.findall(r'^(\S+): 4 members', printed.out, re.M) == [str(below / 'b.PNG'), str(below.parent / 'z.jpeg')]
+    assert f'image {below / "a.jpg"} cannot be read' in printed.err
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(SystemExit):
+        main(['predict', str(tmp_path / 'empty'), '--model', str(folder)])
+    assert f'folder {tmp_path / "empty"} holds no images' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['', 'last.pth.tar'])
+def test_a_checkpoint_or_the_folder_of_a_run(model, image, tmp_path, capsys, name):
+    """With the names of the classes, and images prepared as in training."""
+    size = dict(img_size=16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5), in_memory=False, crop_pct=0.5)
+    args = argparse.Namespace(model='hne_resnet50_c8', label_names=LABELS, **size)
+    run = tmp_path / 'run'
+    run.mkdir()
+    CheckpointSaver(model, torch.optim.SGD(model.parameters(), lr=0.1), args=args, checkpoint_dir=str(run),
+                    recovery_dir=str(run)).save_checkpoint(epoch=0)
+    (_, used, found), = predict(capsys, image, '--model', run / name, '--top-k', 3)
+    transform = timm.data.create_transform(
+        (3, 16, 16), mean=size['mean'], std=size['std'], crop_pct=0.5, interpolation='bilinear')
+    with torch.no_grad():
+        probabilities = model(transform(Image.open(image))[None]).softmax(-1)[0]
+    assert used == 4
+    assert found == {
+        LABELS[i]: pytest.approx(100 * probabilities[i].item(), abs=0.051)
+        for i in probabilities.argsort(descending=True)[:3]}
+
+
+def test_confidence_is_calibrated_and_an_unusual_image_is_named(model, image, tmp_path, capsys):
+    results = results_of(model)
+    for row in results['members']:
+        row.update(temperature=4., usual_confidence=0.9 if row['num_members'] > 1 else 0.)
+    write_folder(model, tmp_path / 'net', 'hf-hub:alice/net', results, dict(epochs=1), label_names=LABELS)
+    with torch.no_grad():
+        probabilities = (model(load_image(image, model)) / 4).softmax(-1)[0]
+    assert probabilities.max() < 0.9
+    main(['predict', str(image), '--model', str(tmp_path / 'net'), '--top-k', '1'])
+    printed = capsys.readouterr()
+    assert f'{probabilities.max():.1%}  {LABELS[probabilities.argmax()]}' in printed.out
+    assert 'unsure: 95 % of the images that the model was evaluated on get 90.0% or more' in printed.out
+    assert f'1 image may show nothing that the model knows: {", ".join(LABELS)}.' in printed.err
+    main(['predict', str(image), '--model', str(tmp_path / 'net'), '--num-members', '1'])
+    assert 'unsure' not in capsys.readouterr().out
+
+    # An evaluation of other weights says nothing.
+    results['weights_sha256'] = '0' * 64
+    (tmp_path / 'net' / 'evaluation.json').write_text(json.dumps(results))
+    main(['predict', str(image), '--model', str(tmp_path / 'net')])
+    assert 'unsure' not in capsys.readouterr().out
+
+
+def test_the_weights_of_the_package_know_their_confidence():
+    model = timm.create_model('hne_resnet50_c8', pretrained=True)
+    results = read_results('hne_resnet50_c8', model)
+    assert [row['num_members'] for row in results['members']] == [*range(1, 17)]
+    assert all(0.9 < row['temperature'] < 1.3 and 0.4 < row['usual_confidence'] < 0.5 for row in results['members'])
+    measured = Path(__file__).parent.parent / 'hub_cards' / 'hne_resnet50_c8.hcd_cifar10' / 'evaluation.json'
+    for row, other in zip(results['members'], json.loads(measured.read_text())['members']):
+        assert row == {key: other[key] for key in row}

@@ -23,7 +23,7 @@ from timm.models._hub import load_model_config_from_path
 
 from .version import __version__
 
-__all__ = ['DigestError', 'digest', 'packaged', 'read_digests', 'read_weights', 'state_digest']
+__all__ = ['DigestError', 'digest', 'packaged', 'read_digests', 'read_results', 'read_weights', 'state_digest']
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ PACKAGED = Path(__file__).parent / 'weights'
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
 DIGESTS_NAME = 'SHA256SUMS'
+RESULTS_NAME = 'evaluation.json'
 ROUNDS = 8  # attempts to read the cache while other processes remove damaged files from it
 
 
@@ -88,6 +89,28 @@ def read_weights(
         return load(data), config
     except SafetensorError as error:
         raise ValueError(f'The weights of {where} are not a valid safetensors file: {error}.') from error
+
+
+def read_results(source: str, model: torch.nn.Module) -> dict[str, Any] | None:
+    """Return the evaluation that belongs to weights, or None if there is none of them.
+
+    Args:
+        source: 'hf-hub:user/name', the name of a registered model, or a file or folder, beside or in which it is.
+        model: The model with its weights.
+    """
+    try:
+        if source.startswith('hf-hub:'):
+            data = _fetch(source.removeprefix('hf-hub:'), (RESULTS_NAME,), None)[RESULTS_NAME]
+        elif (path := Path(source.removeprefix('local-dir:'))).exists():
+            folder = path if path.is_dir() else path.parent
+            data = (folder / RESULTS_NAME).read_bytes()
+        else:
+            cfg = model.pretrained_cfg
+            data = (PACKAGED / f'{cfg["architecture"]}.{cfg.get("tag")}.json').read_bytes()
+        results = json.loads(data)
+        return results if results['weights_sha256'] == state_digest(model.state_dict()) else None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return None
 
 
 def check_config(

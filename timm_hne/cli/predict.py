@@ -14,6 +14,7 @@ from ..checks import check_integer, check_number
 from ..images import load_image
 from ..models.create import create_ensemble
 from ..models.ensemble import HierarchicalEnsemble
+from ..pretrained import read_results
 from ..process import keep_freed_memory
 from ..training.checkpoint import CheckpointWriter, RunCheckpoint
 from ..tree import prefixes, validate_num_members
@@ -98,6 +99,11 @@ def run(args: argparse.Namespace) -> None:
     model, names = _open_model(args.model, **model_kwargs(args))
     model = model.to(args.device)
     labels = names or [f'class {i}' for i in range(model.num_classes)]
+    results = read_results(args.model, model) or {'members': []}
+    calibration = {
+        row['num_members']: (row['temperature'], row['usual_confidence'])
+        for row in results['members'] if 'temperature' in row}
+    unusual = 0
     if args.budget_ms is None:
         num_members = model.ensemble_size if args.num_members is None else args.num_members
         schedule, deadline = (validate_num_members(num_members, model.ensemble_size),), None
@@ -113,9 +119,18 @@ def run(args: argparse.Namespace) -> None:
         begin = time.perf_counter()
         for num_members, logits in zip(schedule, model.anytime(image.to(args.device), schedule, deadline)):  # noqa: B007
             pass
-        top = logits[0].float().softmax(dim=-1).topk(min(args.top_k, model.num_classes))
+        temperature, usual = calibration.get(num_members, (1., 0.))
+        top = logits[0].float().div(temperature).softmax(dim=-1).topk(min(args.top_k, model.num_classes))
         top = [tensor.tolist() for tensor in top]  # waits for the device
         milliseconds = 1000 * (time.perf_counter() - begin)
         print(f'{path}: {num_members} member{"s" * (num_members > 1)}, {milliseconds:.1f} ms')
         for probability, label in zip(*top):
             print(f'{probability:>8.1%}  {labels[label]}')
+        if top[0][0] < usual:
+            unusual += 1
+            print(f'          unsure: 95 % of the images that the model was evaluated on get {usual:.1%} or more')
+    if unusual:
+        more = f' and {len(labels) - 20} more' if len(labels) > 20 else ''
+        print(
+            f'timm-hne predict: {unusual} image{"s" * (unusual > 1)} may show nothing that the model knows: '
+            f'{", ".join(map(str, labels[:20]))}{more}.', file=sys.stderr)

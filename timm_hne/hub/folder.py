@@ -19,13 +19,12 @@ from timm.models import save_for_hf
 from ..evaluation.plots import plot_accuracy
 from ..models.create import check_ensemble
 from ..models.ensemble import HierarchicalEnsemble
-from ..pretrained import CONFIG_NAME, DIGESTS_NAME, WEIGHTS_NAME, digest, read_digests, state_digest
+from ..pretrained import CONFIG_NAME, DIGESTS_NAME, RESULTS_NAME, WEIGHTS_NAME, digest, read_digests, state_digest
 from .card import is_generated, render_card
 
 __all__ = ['write_folder']
 
 CARD_NAME = 'README.md'
-RESULTS_NAME = 'evaluation.json'
 RECIPE_NAME = 'recipe.yaml'
 PLOT_NAME = 'accuracy.png'
 DTYPES = {'float16': torch.float16, 'float32': torch.float32}

@@ -279,10 +279,12 @@ def create_datasets(
             batch_size=batch_size,
             seed=seed,
         )
-        # In evaluation a folder of classes will do; here, training and validation would be the same images.
-        if is_folder(dataset) and Path(dataset.reader.root) == Path(root):
+        # A folder of classes will do if a part of it is held out; else training and validation would be the same.
+        if is_folder(dataset) and Path(dataset.reader.root) == Path(root) and not val_fraction:
             found = sorted(path.name for path in Path(root).iterdir() if path.is_dir())
-            raise FileNotFoundError(f'data_dir {root} has no folder for the split {split!r}, only {found[:10]}.')
+            raise FileNotFoundError(
+                f'data_dir {root} has no folder for the split {split!r}, only {found[:10]}. Name the splits that there '
+                'are by --train-split and --val-split, or hold out a part of the training images, --val-fraction 0.2.')
         return dataset
 
     def is_folder(dataset: Dataset) -> bool:

@@ -1,6 +1,7 @@
 """Small images kept in memory: decoded once, augmented a batch at a time."""
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,7 +10,15 @@ from torch.utils.data import DataLoader
 
 from .datasets import ImageSubset
 
-__all__ = ['MemoryLoader', 'load_into_memory']
+__all__ = ['ImageSizeError', 'MemoryLoader', 'load_into_memory']
+
+
+class ImageSizeError(ValueError):
+    """An image has another size than those that are kept in memory."""
+
+    def __init__(self, message: str):
+        # Without the traceback of a worker process, as `UnreadableImageError`.
+        super().__init__(message.rpartition(f'{__name__}.ImageSizeError: ')[2].strip())
 
 
 def load_into_memory(
@@ -21,7 +30,7 @@ def load_into_memory(
     """Decode all images once.
 
     Args:
-        dataset: Images of one size. Unreadable ones are left out.
+        dataset: Images. Unreadable ones are left out.
         img_size: Height and width to have.
         resize: Bring images of another size to this one as timm does in evaluation: scale the shorter side (bilinear),
             and cut off what the longer one has too much on both ends.
@@ -31,38 +40,39 @@ def load_into_memory(
         Images (n, C, img_size, img_size) as uint8, and their labels (n,).
 
     Raises:
-        ValueError: The images differ in size, or have another size and are not to be resized.
+        ValueError: An image has another size, and none is to be resized.
     """
-    batches = []
-    loader = DataLoader(dataset, batch_size=512, num_workers=num_workers, collate_fn=_collate_arrays)
-    for images, labels in loader:
-        if len({image.shape for image in images}) > 1 or (batches and images[0].shape != batches[0][0].shape[1:]):
-            raise ValueError('in_memory needs images of one size, these differ; set in_memory to false.')
-        batches.append((np.stack(images), labels))
-    images = torch.from_numpy(np.concatenate([images for images, _ in batches]))
-    images = (images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)).contiguous()
-    labels = torch.tensor([label for _, labels in batches for label in labels])
+    collate = partial(_collate, img_size=img_size, resize=resize)
+    batches = list(DataLoader(dataset, batch_size=512, num_workers=num_workers, collate_fn=collate))
+    images, labels = (torch.cat(parts) for parts in zip(*batches))
     keep = ~dataset.bad
-    images, labels = images[keep], labels[keep]
-    height, width = images.shape[-2:]
-    if (height, width) != (img_size, img_size):
-        if not resize:
-            raise ValueError(
-                f'the images are {height}x{width}, the model takes {img_size}x{img_size}: is this the data set of the '
-                'recipe? Give img_size to resize them.')
-        scaled = [int(img_size * side / min(height, width)) for side in (height, width)]
-        top, left = (round((side - img_size) / 2) for side in scaled)
-        parts = [
-            F.interpolate(part.float(), size=scaled, mode='bilinear', antialias=True)
-            for part in images.split(4096)
-        ]
-        images = torch.cat(parts)[:, :, top:top + img_size, left:left + img_size]
-        images = images.round().clamp(0, 255).to(torch.uint8).contiguous()
-    return images, labels
+    return images[keep], labels[keep]
 
 
-def _collate_arrays(batch: list) -> tuple[list[np.ndarray], list[int]]:
-    return [np.asarray(image) for image, _ in batch], [label for _, label in batch]
+def _collate(batch: list, img_size: int, resize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    images = []
+    for image, _ in batch:
+        pixels = torch.from_numpy(np.array(image))
+        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        if pixels.shape[1:] != (img_size, img_size):
+            if not resize:
+                height, width = pixels.shape[1:]
+                raise ImageSizeError(
+                    f'the images are {height}x{width}, the model takes {img_size}x{img_size}, and in_memory needs '
+                    f'images of one size: is this the data set of the recipe? Give img_size (--img-size {img_size}) '
+                    'to resize them, or leave them in their files (--no-in-memory).')
+            pixels = _resize(pixels, img_size)
+        images.append(pixels)
+    return torch.stack(images), torch.tensor([label for _, label in batch])
+
+
+def _resize(pixels: torch.Tensor, img_size: int) -> torch.Tensor:
+    """Scale the shorter side of an image (C, H, W) of bytes, and cut off what the longer one has too much."""
+    height, width = pixels.shape[1:]
+    scaled = [max(img_size, int(img_size * side / min(height, width))) for side in (height, width)]
+    top, left = (round((side - img_size) / 2) for side in scaled)
+    pixels = F.interpolate(pixels[None].float(), size=scaled, mode='bilinear', antialias=True)[0]
+    return pixels[:, top:top + img_size, left:left + img_size].round().clamp(0, 255).to(torch.uint8)
 
 
 class MemoryLoader:
@@ -109,7 +119,8 @@ class MemoryLoader:
     ):
         if training and len(labels) < batch_size * world_size:
             raise ValueError(
-                f'batch_size {batch_size} (times {world_size} processes) exceeds the {len(labels)} training images.')
+                f'batch_size {batch_size} (times {world_size} processes) exceeds the {len(labels)} training images: '
+                'give a smaller batch_size (--batch-size).')
         # The layout of channels_last, of which a crop copies whole pixels.
         self.pixels = images.permute(0, 2, 3, 1).contiguous().to(device)
         self.labels = labels.to(device)

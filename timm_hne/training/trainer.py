@@ -207,7 +207,7 @@ class _Phase:
         if not self.updates_per_epoch:
             raise ValueError(
                 f'batch_size {config.batch_size} * grad_accum_steps {config.grad_accum_steps} * {world_size} '
-                f'process(es) exceeds the {len(train_set)} training images.')
+                f'process(es) exceeds the {len(train_set)} training images: give a smaller batch_size (--batch-size).')
         self.scheduler = create_scheduler(self.optimizer, config, self.updates_per_epoch)
 
         self.writer = self.summary = None
