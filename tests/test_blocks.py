@@ -208,3 +208,4 @@ def test_cumulative_statistics_of_a_part_of_the_members_are_refused_in_training(
     assert model(images().float()).shape == (2, 5)
     with pytest.raises(ValueError, match=r'momentum.*None'):
         model(images().float(), 1)
+    assert model.eval()(images().float(), 1).shape == (2, 5)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_hne.__main__ import main
-from timm_hne.evaluation.cost import cost_table, member_macs
+from timm_hne.evaluation.cost import cost_table, member_macs, member_params
 from timm_hne.tree import node_span
 
 
@@ -61,6 +61,13 @@ def test_counting_changes_nothing():
     member_macs(model, 8)
     assert model.training and model.num_members == 2
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize('count', [cost_table, member_macs, member_params])
+@pytest.mark.parametrize('model', [None, torch.nn.Linear(2, 2), timm.create_model('resnet10t', device='meta')])
+def test_other_models_are_refused(count, model):
+    with pytest.raises(TypeError, match=f'model .* got {type(model).__name__}'):
+        count(model)
 
 
 def test_command_prints_the_table(capsys):

@@ -10,6 +10,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from timm_hne.evaluation.metrics import (
     CALIBRATION_BINS,
     EnsembleMetrics,
+    brier_score,
+    calibration_gaps,
     logit_std,
     mutual_information,
     nested_logits,
@@ -199,6 +201,8 @@ def test_logits_that_are_not_finite():
 
 @pytest.mark.parametrize('function', [
     logit_std, nested_logits, mutual_information, predictive_entropy, variation_ratio,
+    lambda logits: brier_score(torch.zeros(3, 2, 4), logits[:, 0, 0].astype(int)),
+    lambda logits: calibration_gaps(torch.zeros(3, 2, 4), logits[:, 0, 0].astype(int)),
     lambda logits: EnsembleMetrics(2).update(logits, torch.zeros(3, dtype=torch.long)),
     lambda logits: EnsembleMetrics(2).update(torch.zeros(3, 2, 4), logits[:, 0, 0]),
     lambda logits: EnsembleMetrics(2).update(torch.zeros(3, 2, 4), torch.zeros(3)),

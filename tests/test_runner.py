@@ -1,8 +1,11 @@
 """The adaptive runner: its policy in simulated time, and the exactly-once promise with a model that obeys the test."""
 import gc
 import importlib
+import os
 import random
 import statistics
+import subprocess
+import sys
 import threading
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
@@ -198,9 +201,15 @@ def test_a_cancelled_request_leaves_its_place_to_others(gate, runner):
 
 def test_garbage_collection_passes_over_what_was_there_before(gate):
     gc.unfreeze()
-    with AdaptiveRunner(gate, 1., freeze_garbage=True) as runner:
-        assert gc.get_freeze_count() > 1000
+    with AdaptiveRunner(gate, 1.) as runner:  # only if it is asked to
+        assert gc.get_freeze_count() == 0
         runner.submit(image(0)).result(TIMEOUT)
+    first, second = (AdaptiveRunner(gate, 1., freeze_garbage=True) for _ in range(2))
+    assert gc.get_freeze_count() > 1000
+    first.shutdown()
+    assert gc.get_freeze_count() > 1000  # the other still runs
+    assert second.submit(image(0)).result(TIMEOUT).logits[0] == 0
+    second.shutdown()
     assert gc.get_freeze_count() == 0
 
 
@@ -446,14 +455,15 @@ def test_a_real_model():
 
 
 @pytest.mark.parametrize('kwargs, error, words', [
-    (dict(latency_target=0.), ValueError, 'latency_target'),
-    (dict(latency_target=float('nan')), ValueError, 'latency_target'),
+    (dict(latency_target=0.), ValueError, r'latency_target .* 0\.0\.$'),
+    (dict(latency_target=float('nan')), ValueError, r'latency_target .* nan\.$'),
+    (dict(latency_target=float('inf')), ValueError, r'latency_target .* inf\.$'),
     (dict(latency_target='1'), TypeError, 'latency_target'),
-    (dict(max_batch_size=0), ValueError, 'max_batch_size must be at least 1'),
-    (dict(max_queue=0), ValueError, 'max_queue must be at least 1'),
-    (dict(max_queue=1.5), TypeError, 'max_queue must be an integer'),
-    (dict(min_members=0), ValueError, r'min_members .* 1 to 4.* 0'),
-    (dict(max_members=5), ValueError, r'max_members .* 1 to 4.* 5'),
+    (dict(max_batch_size=0), ValueError, 'max_batch_size .* 1, got 0'),
+    (dict(max_queue=0), ValueError, 'max_queue .* 1, got 0'),
+    (dict(max_queue=1.5), TypeError, r'max_queue .* 1\.5'),
+    (dict(min_members=0), ValueError, 'min_members .* 1 to 4, got 0'),
+    (dict(max_members=5), ValueError, 'max_members .* 1 to 4, got 5'),
     (dict(min_members=3, max_members=2), ValueError, 'min_members must be at most max_members'),
     (dict(schedule=()), ValueError, 'at least one'),
     (dict(schedule=(2, 1)), ValueError, 'must increase'),
@@ -470,6 +480,103 @@ def test_runner_refuses(gate, kwargs, error, words):
 def test_a_model_in_training_mode_is_refused(gate):
     with pytest.raises(ValueError, match='training mode'):
         AdaptiveRunner(gate.train(), 1.)
+
+
+def test_a_model_that_is_put_in_training_mode_while_it_serves(gate, runner):
+    gate.train()
+    with pytest.raises(ValueError, match='training mode'):
+        runner.submit(image(0)).result(TIMEOUT)
+    gate.eval()
+    assert runner.submit(image(3)).result(TIMEOUT).logits[0] == 3
+    assert (runner.stats.failed, runner.stats.answered) == (1, 1)
+
+
+def test_a_queue_is_no_longer_than_the_target_can_serve(gate, monkeypatch):
+    """Batches take 0.09 s, so 8 fit into 80 % of a target of 1 s, the one that is being computed included."""
+    with AdaptiveRunner(gate, latency_target=1., max_batch_size=4, max_members=1) as runner:
+        runner.policy.seconds = {1: {1: 0.09, 2: 0.09, 4: 0.09}}
+        runner.policy.slowdown = 1.
+        monkeypatch.setattr(runner_module, '_clock', lambda: 1.)
+        while gate.entered.acquire(blocking=False):
+            continue
+        futures = [block(gate, runner)]
+        with pytest.raises(Overloaded, match=r'28 .*latency_target=1 '):
+            for _ in range(100):
+                futures.append(runner.submit(image(0)))
+        assert len(futures) == 1 + 7 * 4 and runner.stats.rejected == 1
+        gate.open.set()
+        wait(futures, TIMEOUT)
+    assert_consistent(runner.stats)
+
+
+@pytest.mark.parametrize('waiting, busy, late', [
+    (0, 0., False), (0, 0.078, False), (0, 0.08, True), (8 * 7, 0., False), (8 * 8, 0., True),
+])
+def test_policy_foresees_who_would_be_late(waiting, busy, late):
+    seconds = {1: {1: 0.001, 8: 0.01}, 4: {1: 0.01, 8: 0.1}}
+    assert MemberPolicy(0.1, seconds).would_be_late(waiting, busy) is late
+
+
+PROCESS = '''
+import os, sys, torch
+from timm_hne import AdaptiveRunner
+
+class Busy(torch.nn.Module):
+    ensemble_size, num_classes, in_chans, pretrained_cfg = 4, 2, 3, {'input_size': (3, 2, 2)}
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, num_members):
+        weight = torch.ones(300, 300)
+        for _ in range(30):  # long enough to compute while Python is being taken down
+            weight = (weight @ weight).clamp(max=1)
+        return x[:, :2, 0, 0]
+
+torch.set_num_threads(1)
+runner = AdaptiveRunner(Busy().eval(), latency_target=1000., max_batch_size=1)
+'''
+
+
+def run_process(code):
+    return subprocess.run([sys.executable, '-c', PROCESS + code], capture_output=True, text=True, timeout=4 * TIMEOUT)
+
+
+def test_a_process_that_ends_with_a_busy_runner():
+    result = run_process('futures = [runner.submit(torch.zeros(3, 2, 2)) for _ in range(50)]\nsys.exit(3)')
+    assert result.returncode == 3, result.stderr
+
+
+def test_no_runner_is_made_when_the_process_ends():
+    """Its thread would compute while Python is being taken down."""
+    result = run_process('''
+import atexit
+atexit._run_exitfuncs()
+try:
+    AdaptiveRunner(runner.model, 1.)
+except RuntimeError as error:
+    print(error)
+''')
+    assert result.returncode == 0 and 'process' in result.stdout, result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='there are no forks here')
+def test_a_fork_is_told_that_its_requests_would_never_end():
+    result = run_process('''
+parent = os.getpid()
+child = os.fork()
+if not child:
+    try:
+        runner.submit(torch.zeros(3, 2, 2))
+    except RuntimeError as error:
+        runner.shutdown()
+        os._exit(7 if str(parent) in str(error) and str(os.getpid()) in str(error) else 1)
+    os._exit(2)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert len(runner.submit(torch.zeros(3, 2, 2)).result(60).logits) == 2
+''')
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize('request_, error, words', [

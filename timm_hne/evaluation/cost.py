@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..models.create import check_ensemble
 from ..models.ensemble import HierarchicalEnsemble
 from ..tree import node_span
 
@@ -75,8 +76,10 @@ def member_macs(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | N
         MACs for n = 1..N.
 
     Raises:
+        TypeError: `model` is no hierarchical ensemble.
         ValueError: `img_size` is None, and the model has no size of its own.
     """
+    check_ensemble(model)
     with warnings.catch_warnings():
         # Importing fvcore scripts functions of its own that have nothing to do with counting.
         warnings.simplefilter('ignore', FutureWarning)
@@ -98,7 +101,12 @@ def member_macs(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | N
 
 
 def member_params(model: HierarchicalEnsemble) -> dict[int, int]:
-    """Count the parameters of the nodes that n members run through, for n = 1..N."""
+    """Count the parameters of the nodes that n members run through, for n = 1..N.
+
+    Raises:
+        TypeError: `model` is no hierarchical ensemble.
+    """
+    check_ensemble(model)
     return _scale_to_prefixes(model, {
         part: sum(p.numel() for p in module.parameters()) for part, module in model.named_modules()
     })
@@ -110,6 +118,10 @@ def cost_table(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | No
     Args:
         model: Any `hne_*` model; it is neither run nor changed.
         img_size: Height and width of the image in pixels; the model's own if None.
+
+    Raises:
+        TypeError: `model` is no hierarchical ensemble.
+        ValueError: `img_size` is None, and the model has no size of its own.
     """
     macs, params = member_macs(model, img_size), member_params(model)
     rows = []

@@ -76,6 +76,7 @@ def brier_score(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         - target: (B,), class indices
         - output: (B, N)
     """
+    _check_tensor('target', target)
     one_hot = F.one_hot(target, logits.shape[-1]).unsqueeze(1)
     return (_full_precision(logits).softmax(dim=-1) - one_hot).square().sum(dim=-1)
 
@@ -91,6 +92,7 @@ def calibration_gaps(logits: torch.Tensor, target: torch.Tensor, num_bins: int =
         - target: (B,), class indices
         - output: (N, num_bins)
     """
+    _check_tensor('target', target)
     confidence, prediction = _full_precision(logits).softmax(dim=-1).max(dim=-1)
     gap = confidence - (prediction == target[:, None]).to(confidence.dtype)
     bins = ((confidence * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)

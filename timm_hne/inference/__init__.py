@@ -1,5 +1,6 @@
 """Adaptive inference: anytime, early exit, latency budgets, fast models, a runner for requests, export."""
 from ..models.anytime import anytime
+from ..models.frontier import advance, first_frontier
 from .early_exit import CRITERIA, EarlyExit, ExitPoint, calibrate_threshold, early_exit, exit_curve, exit_scores
 from .export import export
 from .latency import LatencyTable
@@ -16,11 +17,13 @@ __all__ = [
     'OptimizedEnsemble',
     'Overloaded',
     'ShutDown',
+    'advance',
     'anytime',
     'calibrate_threshold',
     'early_exit',
     'exit_curve',
     'exit_scores',
     'export',
+    'first_frontier',
     'optimize_for_inference',
 ]

@@ -62,8 +62,8 @@ class MemberPolicy:
                 return num_members
         return self.schedule[0]
 
-    def wait(self, waiting: int, busy: float) -> float:
-        """Return the seconds after which a new request would be answered if all got the fewest members from now on.
+    def would_be_late(self, waiting: int, busy: float) -> bool:
+        """Whether a new request would be answered too late even if all got the fewest members from now on.
 
         Args:
             waiting: Number of requests before it.
@@ -71,7 +71,8 @@ class MemberPolicy:
         """
         fewest, largest = self.schedule[0], self.batch_sizes[-1]
         full, rest = divmod(waiting, largest)
-        return busy + full * self.expected(fewest, largest) + self.expected(fewest, rest + 1)
+        seconds = busy + full * self.expected(fewest, largest) + self.expected(fewest, rest + 1)
+        return seconds > _MARGIN * self.latency_target
 
     def record(self, num_members: int, batch_size: int, duration: float) -> None:
         """Learn from a batch that took `duration` seconds."""

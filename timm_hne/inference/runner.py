@@ -31,10 +31,13 @@ _clock = time.perf_counter
 
 # A thread that computes when Python is being taken down aborts the process, so all runners are shut down before.
 _runners: 'weakref.WeakSet[AdaptiveRunner]' = weakref.WeakSet()
+_exiting = False
 
 
 @atexit.register
 def _shut_down_all() -> None:
+    global _exiting
+    _exiting = True
     runners = list(_runners)
     for runner in runners:
         runner.shutdown(drain=False, wait=False)
@@ -110,6 +113,7 @@ class AdaptiveRunner:
     Raises:
         TypeError: An argument is of a wrong type.
         ValueError: An argument is out of range, or the model is in training mode or has no classifier.
+        RuntimeError: The process is about to end.
     """
 
     def __init__(
@@ -125,6 +129,8 @@ class AdaptiveRunner:
             warmup_repeats: int = 3,
             freeze_garbage: bool = False,
     ):
+        if _exiting:
+            raise RuntimeError('a runner cannot be made any more, the process is about to end.')
         check_ready(model)
         check_number('latency_target', latency_target, 0, above=True)
         check_integer('max_batch_size', max_batch_size, 1)
@@ -250,12 +256,11 @@ class AdaptiveRunner:
         if not waiting and self._busy_until is None:  # nobody could be faster
             return None
         busy = 0. if self._busy_until is None else max(0., self._busy_until - now)
-        seconds, target = self.policy.wait(waiting, busy), self.policy.latency_target
-        if seconds <= target:
+        if not self.policy.would_be_late(waiting, busy):
             return None
         return (
-            f'with {waiting} requests waiting, this one would be answered after {seconds:.3g} s, which is beyond '
-            f'latency_target={target:.3g}; it was rejected.')
+            f'with {waiting} requests waiting, this one could not be answered within '
+            f'latency_target={self.policy.latency_target:.3g} s; it was rejected.')
 
     def shutdown(self, drain: bool = True, wait: bool = True) -> None:
         """Accept no more requests. May be called again, from any thread; does nothing in a fork of the process.

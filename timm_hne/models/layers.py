@@ -211,7 +211,9 @@ class ConvNormAct(nn.Module):
         if hasattr(bn, 'momentum'):  # timm's frozen batch normalisation has none and always uses its own statistics
             if not torch.jit.is_scripting():
                 _check_prefix_norm(bn)
-            training, momentum = bn.training, bn.momentum
+            training = bn.training
+            if training:
+                momentum = bn.momentum
         x = F.batch_norm(
             x,
             bn.running_mean[start:stop],
