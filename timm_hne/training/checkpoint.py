@@ -129,12 +129,18 @@ class RunCheckpoint:
     def _check_sums(self) -> None:
         """Raise a ValueError if a byte of the file has changed since it was written. PyTorch does not look."""
         try:
+            if not zipfile.is_zipfile(self.path):
+                return  # the format that PyTorch had before 1.6 has no check sums
             with zipfile.ZipFile(self.path) as file:
                 damaged = file.testzip()
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+                # An entry marked as a folder has no content for PyTorch, which then returns whatever is in memory.
+                folders = [entry.filename for entry in file.infolist() if entry.external_attr & 0x10]
+        except Exception as error:  # whatever Python's reader makes of damaged files
             raise ValueError(f'{self.argument} {self.path} cannot be read: {error}') from error
         if damaged is not None:
             raise ValueError(f'{self.argument} {self.path} cannot be read: the check sum of {damaged} is wrong')
+        if folders:
+            raise ValueError(f'{self.argument} {self.path} cannot be read: {folders[0]} is marked as a folder')
 
     @property
     def epochs_planned(self) -> int | None:
@@ -329,9 +335,11 @@ class CheckpointWriter:
             if numbered.exists() and self.last.exists() and numbered.stat().st_size != self.last.stat().st_size:
                 numbered.unlink()  # a copy that was cut short
             kept = f'The last whole one is kept: {self.last}' if self.last.exists() else 'There is none before it.'
+            # All that PyTorch says of a full disk is where in its own code it has found out.
+            reason = 'not all of it could be written' if str(error).startswith('[enforce fail') else error
             raise OSError(
                 f'checkpoint {self.last} of epoch {epoch + 1} cannot be written, with '
-                f'{shutil.disk_usage(self.folder).free / 1e6:.0f} MB free: {" ".join(str(error).split()):.200}. {kept}'
+                f'{shutil.disk_usage(self.folder).free / 1e6:.0f} MB free: {" ".join(str(reason).split()):.200}. {kept}'
             ) from error
         finally:
             (self.folder / _UNFINISHED).unlink(missing_ok=True)  # is there only if the saver was interrupted

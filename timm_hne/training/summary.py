@@ -1,6 +1,7 @@
 """The log of a run: a row of a CSV file for every epoch, and TensorBoard's events if it is installed."""
 import csv
 import io
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +62,8 @@ class Summary:
             except ValueError:
                 damaged.append(str(number))
         if damaged:
-            copy = self.path.with_name(f'{self.path.name}.damaged')
+            names = (f'{self.path.name}.damaged{number or ""}' for number in itertools.count())
+            copy = next(path for path in map(self.path.with_name, names) if not path.exists())
             self.path.replace(copy)
             _logger.warning(f'{self.path} is damaged in the lines {", ".join(damaged[:10])}. It is kept as {copy}.')
         kept = {epoch: row for epoch, row in rows.items() if epoch < start_epoch}
