@@ -15,7 +15,7 @@ COMMANDS = {
     'eval': ('evaluate', 'measure accuracy, diversity and calibration for every number of members'),
     'predict': ('predict', 'print the labels of image files, at a cost of your choice'),
     'bench': ('bench', 'measure the latency of every number of members on this machine'),
-    'export': ('export', 'write one ONNX or torch.export program per number of members'),
+    'export': ('export', 'write a folder that runs without PyTorch, or one program per number of members'),
     'publish': ('publish', 'publish a checkpoint on the Hugging Face Hub'),
 }
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except ImportError as error:
-        extras = "pip install 'timm-hne[demo,plots,export]'"
+        extras = "pip install 'timm-hne[demo,plots,openvino]'"
         parser.exit(1, f'timm-hne {args.command}: {error}. Optional packages come with {extras}.\n')
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         parser.exit(1, f'timm-hne {args.command}: {error}\n')
