@@ -5,7 +5,8 @@ PyTorch calls each entry point of the group `torch.backends` at the end of `impo
 models. timm_hne declares `arm` there. It imports nothing: it leaves a finder on `sys.meta_path`, which waits for
 `timm.models`, imports timm_hne right after that module has run, and withdraws.
 
-`TIMM_HNE_AUTOLOAD=0` in the environment turns this off; `import timm_hne` then registers the models.
+`TIMM_HNE_AUTOLOAD=0` in the environment turns this off; `import timm_hne` then leaves the finder there, or registers
+the models at once if timm is imported already.
 """
 
 import logging
@@ -24,13 +25,18 @@ def arm() -> None:
 
     Calling it again changes nothing. An import of `timm.models` that fails leaves it armed for the next one.
     """
-    if os.environ.get('TIMM_HNE_AUTOLOAD') == '0':
-        return
+    if os.environ.get('TIMM_HNE_AUTOLOAD') != '0' and not watch():
+        _import_timm_hne()
+
+
+def watch() -> bool:
+    """Wait for `timm.models` to be imported; return False if it is there already."""
     module = sys.modules.get(_TIMM_MODELS)
     if module is not None and not getattr(getattr(module, '__spec__', None), '_initializing', False):
-        _import_timm_hne()
-    elif _Finder not in sys.meta_path:
+        return False
+    if _Finder not in sys.meta_path:
         sys.meta_path.insert(0, _Finder)
+    return True
 
 
 class _Finder:
@@ -72,7 +78,9 @@ def _import_timm_hne() -> None:
     """Import timm_hne; report a failure instead of passing it on to whoever imported timm or PyTorch."""
     try:
         # Not importlib.import_module, which raises if another thread imports timm_hne and waits for timm.
-        import timm_hne  # noqa: F401
+        import timm_hne
+
+        getattr(timm_hne, 'models', None)  # imported when it is asked for
     except Exception as error:
         # Logged: a warning would become an exception under `python -W error`.
         logging.getLogger('timm_hne').warning(

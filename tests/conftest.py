@@ -1,4 +1,6 @@
 import os
+import shutil
+import tempfile
 
 import torch
 from hub_server import hub  # noqa: F401
@@ -6,8 +8,15 @@ from hub_server import hub  # noqa: F401
 
 def pytest_configure(config):
     """Give every worker of `pytest -n` its share of the processor, and the processes that it starts as well."""
+    if not hasattr(config, 'workerinput'):  # the process that starts the others, which inherit this
+        config.programs = os.environ['TIMM_HNE_CACHE'] = tempfile.mkdtemp(prefix='timm_hne_programs_')
     workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
     if workers > 1:
         threads = max(1, os.cpu_count() // workers)
         torch.set_num_threads(threads)
         os.environ['OMP_NUM_THREADS'] = str(threads)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, 'programs'):
+        shutil.rmtree(config.programs, ignore_errors=True)

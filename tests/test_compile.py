@@ -12,14 +12,14 @@ from test_inference import images
 from test_optimize import assert_like
 from tiny import tiny_ensemble
 
-from timm_hne.inference import formulations, optimize, optimize_for_inference
+from timm_hne.inference import optimize_for_inference
+from timm_hne.inference.engines import eager
 
 
 @pytest.fixture(autouse=True)
 def no_measurements(monkeypatch):
     """Everything is equally fast."""
-    for module in (formulations, optimize):
-        monkeypatch.setattr(module, 'shortest_times', lambda functions, device: dict.fromkeys(functions, 1.))
+    monkeypatch.setattr(eager, 'shortest_times', lambda functions, device: dict.fromkeys(functions, 1.))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def traced(monkeypatch):
 
 def test_one_graph_per_number_of_members_for_all_batch_sizes(traced):
     model = tiny_ensemble()
-    fast = optimize_for_inference(model)
+    fast = optimize_for_inference(model, engine='inductor')
     for count, n in enumerate((1, 3), start=1):
         for batch_size in (2, 3, 5):
             x = images(batch_size)
@@ -57,7 +57,7 @@ def test_one_graph_per_number_of_members_for_all_batch_sizes(traced):
 @pytest.mark.parametrize('kind', ['branched', 'pairs'])
 def test_steps_are_compiled_once_too(traced, kind):
     model = tiny_ensemble((1, 2), kind)
-    fast = optimize_for_inference(model)
+    fast = optimize_for_inference(model, engine='inductor')
     for batch_size in (3, 4):
         x = images(batch_size)
         for n, logits in zip((1, 2), fast.anytime(x), strict=True):
@@ -67,9 +67,9 @@ def test_steps_are_compiled_once_too(traced, kind):
 
 def test_graphs_are_made_lazily_and_again_after_a_move(traced):
     model, x = tiny_ensemble(), images()
-    fast = optimize_for_inference(model)
+    fast = optimize_for_inference(model, engine='inductor')
     assert len(traced) == 0
-    fast = optimize_for_inference(model, x)
+    fast = optimize_for_inference(model, x, engine='inductor')
     assert len(traced) == 1
     fast(x)
     assert len(traced) == 1
@@ -80,7 +80,7 @@ def test_graphs_are_made_lazily_and_again_after_a_move(traced):
 
 def test_a_copy_compiles_for_itself(traced):
     model, x = tiny_ensemble(), images()
-    fast = optimize_for_inference(model, x)
+    fast = optimize_for_inference(model, x, engine='inductor')
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         for p in fast.parameters():
             p.data.zero_()
@@ -94,11 +94,11 @@ def test_without_a_compiler_it_runs_eagerly(monkeypatch):
 
     monkeypatch.setattr(torch, 'compile', unavailable)
     model, x = tiny_ensemble(), images()
-    fast = optimize_for_inference(model)
-    assert fast.mode == 'compiled'
+    fast = optimize_for_inference(model, engine='inductor')
+    assert fast.mode == 'inductor'
     with pytest.warns(UserWarning, match='no compiler found'):
         assert_like(fast(x), model(x))
-    assert fast.mode == 'folded'
+    assert fast.mode == 'eager'
     assert_like(fast(x, num_members=2), model(x, num_members=2))
 
 
@@ -114,14 +114,14 @@ def test_a_later_failure_of_the_compiler_is_survived_too(monkeypatch):
         return program
 
     monkeypatch.setattr(torch, 'compile', compile)
-    fast = optimize_for_inference(model)
+    fast = optimize_for_inference(model, engine='inductor')
     assert_like(fast(images()), model(images()))
     for expected in (1, 0):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             assert_like(fast(images(size=16)), model(images(size=16)))
         assert sum('cannot compile this' in str(warning.message) for warning in caught) == expected
-    assert fast.mode == 'folded'
+    assert fast.mode == 'eager'
     assert_like(fast(images(), 1), model(images(), num_members=1))
 
 
@@ -137,20 +137,20 @@ def test_a_lack_of_memory_is_not_a_lack_of_a_compiler(monkeypatch):
         return program
 
     monkeypatch.setattr(torch, 'compile', compile)
-    fast = optimize_for_inference(model, images())
+    fast = optimize_for_inference(model, images(), engine='inductor')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         with pytest.raises(torch.OutOfMemoryError):
             fast(images())
         assert_like(fast(images()), model(images()))
-    assert len(attempts) == 3 and fast.mode == 'compiled'
+    assert len(attempts) == 3 and fast.mode == 'inductor'
 
 
 def test_a_program_runs_while_another_is_made(monkeypatch):
     model, making, finish = tiny_ensemble(), threading.Event(), threading.Event()
 
     monkeypatch.setattr(torch, 'compile', lambda function, options: function)
-    fast = optimize_for_inference(model)
+    fast = optimize_for_inference(model, engine='inductor')
     fast(images(), 1)
 
     def slowly(function, options):
@@ -184,11 +184,10 @@ def test_first_calls_from_many_threads_measure_and_build_once(monkeypatch):
         time.sleep(0.02)
         return function
 
-    for module in (formulations, optimize):
-        monkeypatch.setattr(module, 'shortest_times', seconds)
+    monkeypatch.setattr(eager, 'shortest_times', seconds)
     monkeypatch.setattr(torch, 'compile', compile)
     model = tiny_ensemble()
-    fast = optimize_for_inference(model)
+    fast = optimize_for_inference(model, engine='inductor')
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(fast, [images()] * 4))
     assert measured.count({'contiguous', 'channels_last'}) == 1 and len(compiled) == 1
@@ -201,8 +200,8 @@ def test_really_compiled():
     model = tiny_ensemble((1, 2), channels=4)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='Compilation')
-        fast = optimize_for_inference(model, images())
-        assert fast.mode == 'compiled'
+        fast = optimize_for_inference(model, images(), engine='inductor')
+        assert fast.mode == 'inductor'
         for x in (images(), images(5)):
             with torch.profiler.profile() as profile:
                 assert_like(fast(x), model(x))
@@ -210,7 +209,7 @@ def test_really_compiled():
 
 
 def test_mode_says_what_ran(monkeypatch):
-    """A table or a row of a benchmark that says 'compiled' must not be of a model that fell back."""
+    """A table or a row of a benchmark that says 'inductor' must not be of a model that fell back."""
     fail = []
 
     def compile(function, options):
@@ -219,10 +218,10 @@ def test_mode_says_what_ran(monkeypatch):
         return function
 
     monkeypatch.setattr(torch, 'compile', compile)
-    assert optimize_for_inference(tiny_ensemble(), images(), compile=False).mode == 'folded'
-    fast = optimize_for_inference(tiny_ensemble(), images())
-    assert fast.mode == 'compiled'
+    assert optimize_for_inference(tiny_ensemble(), images(), engine='eager').mode == 'eager'
+    fast = optimize_for_inference(tiny_ensemble(), images(), engine='inductor')
+    assert fast.mode == 'inductor'
     fail.append(True)
     with pytest.warns(UserWarning, match='no compiler found'):
         fast(images(), 1)
-    assert fast.mode == 'partly compiled'
+    assert fast.mode == 'partly inductor'

@@ -13,7 +13,7 @@ from tiny import tiny_ensemble
 
 from timm_hne.__main__ import main
 from timm_hne.evaluation.cost import member_params
-from timm_hne.inference import formulations, optimize_for_inference
+from timm_hne.inference import folding, optimize_for_inference
 from timm_hne.inference.export import export
 
 NODES = (1, 1, 2, 2, 4)
@@ -55,13 +55,13 @@ def test_weights_of_unused_nodes_are_left_out(tmp_path, n):
 
 
 def test_what_the_program_is_made_from_is_compared_too(tmp_path, monkeypatch):
-    fold = formulations.FoldedConv.__init__
+    fold = folding.FoldedConv.__init__
 
     def fold_wrongly(conv, layer):
         fold(conv, layer)
         conv.bias.data += 0.1
 
-    monkeypatch.setattr(formulations.FoldedConv, '__init__', fold_wrongly)
+    monkeypatch.setattr(folding.FoldedConv, '__init__', fold_wrongly)
     with pytest.raises(RuntimeError, match='2 members'):
         export(tiny_ensemble(), tmp_path / 'program.pt2', 2, 'torch.export', (3, 8, 8))
     assert list(tmp_path.iterdir()) == []
@@ -102,7 +102,7 @@ def test_a_model_in_training_mode_is_refused(tmp_path):
 
 
 def test_what_is_no_original_is_refused(tmp_path):
-    fast = optimize_for_inference(tiny_ensemble(), compile=False)
+    fast = optimize_for_inference(tiny_ensemble(), engine='eager')
     for model, name in ((fast, 'OptimizedEnsemble'), (torch.nn.Linear(1, 1), 'Linear'), ('hne_resnet50_c8', 'str')):
         with pytest.raises(TypeError, match=f'model .*{name}'):
             export(model, tmp_path / 'program', 1)
@@ -161,5 +161,5 @@ def test_command_with_a_model_in_a_folder(exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = timm.create_model('hne_resnet50_c8', nodes=(1, 1, 1, 1, 2))
     save_for_hf(model, tmp_path / 'model', model_args={'nodes': model.nodes})
-    main(['export', 'local-dir:model', '--output', 'programs'])
+    main(['export', 'local-dir:model', '--format', 'onnx', '--output', 'programs'])
     assert [name for _, name, *_ in exported] == ['model_1.onnx', 'model_2.onnx']

@@ -23,8 +23,6 @@ from timm_hne.evaluation.cost import member_macs
 from timm_hne.models.from_timm import default_nodes
 from timm_hne.pretrained import state_digest
 from timm_hne.training.checkpoint import RunCheckpoint, load_checkpoint
-from timm_hne.training.recipe import TrainConfig
-from timm_hne.training.trainer import train
 from timm_hne.tree import node_span
 
 NAME = 'hne_from_timm'
@@ -161,8 +159,8 @@ def test_training_trains_what_copies_would(base):
             assert module.training and other.training
         network(x).square().sum().backward()
         for name, p in network.named_parameters():
-            key = (name, [id(q) for part in (*ensemble.blocks, ensemble.heads) for key, q in part[
-                member * part.nodes // 4].named_parameters() if key == name][0])
+            key = (name, next(id(q) for part in (*ensemble.blocks, ensemble.heads) for key, q in part[
+                member * part.nodes // 4].named_parameters() if key == name))
             gradients[key] = gradients.get(key, 0) + p.grad
     by_id = {id(p): p.grad for p in ensemble.parameters()}
     for (name, key), gradient in gradients.items():
@@ -235,7 +233,8 @@ def test_init(base, init):
     assert all(torch.equal(tensor, again[name]) for name, tensor in ensemble.state_dict().items())
     assert (init == 'copy') == all(torch.equal(tensor, other[name]) for name, tensor in again.items())
     for name, buffer in ensemble.named_buffers():
-        assert init == 'fresh' or torch.equal(buffer, path_state(ensemble, 0)[re.sub(r'^(blocks\.\d+|heads)\.\d+\.', '', name)])
+        own = re.sub(r'^(blocks\.\d+|heads)\.\d+\.', '', name)
+        assert init == 'fresh' or torch.equal(buffer, path_state(ensemble, 0)[own])
 
 
 def test_noise_is_relative_to_each_tensor():
@@ -249,7 +248,8 @@ def test_noise_is_relative_to_each_tensor():
 
 
 @pytest.mark.parametrize('blocks, size, nodes', [
-    (5, 8, (1, 1, 2, 4, 8)), (4, 8, (1, 1, 2, 8)), (2, 8, (1, 8)), (4, 6, (1, 1, 2, 6)), (5, 1, (1,) * 5), (3, 5, (1, 1, 5)),
+    (5, 8, (1, 1, 2, 4, 8)), (4, 8, (1, 1, 2, 8)), (2, 8, (1, 8)), (4, 6, (1, 1, 2, 6)), (5, 1, (1,) * 5),
+    (3, 5, (1, 1, 5)),
 ])
 def test_default_tree(blocks, size, nodes):
     assert default_nodes(blocks, size) == nodes
@@ -329,13 +329,15 @@ def test_pruned(base):
 
 @every_base
 def test_by_name_and_its_arguments(base):
-    ensemble = by_name(base, in_chans=1, num_classes=3, drop_rate=0.3, num_members=2, device='meta', dtype=torch.bfloat16)
+    dd = dict(device='meta', dtype=torch.bfloat16)
+    ensemble = by_name(base, in_chans=1, num_classes=3, drop_rate=0.3, num_members=2, **dd)
     assert ensemble.in_chans == 1 and ensemble.pretrained_cfg['input_size'][0] == 1
     x = images(ensemble, device='meta', dtype=torch.bfloat16)
     assert ensemble(x).shape == (2, 3) and ensemble(x).dtype == torch.bfloat16
     assert ensemble.forward_members(x).shape == (2, 2, 3)
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in ensemble.parameters())
-    assert by_name(base, num_classes=0, device='meta')(images(model := by_name(base, device='meta'), device='meta')).dim() == 2
+    model = by_name(base, device='meta')
+    assert by_name(base, num_classes=0, device='meta')(images(model, device='meta')).dim() == 2
     raw = by_name(base, num_classes=0, global_pool='', device='meta')(images(model, device='meta'))
     assert raw.shape == model.forward_features(images(model, device='meta')).shape
     assert {name for name in model.state_dict() if name.endswith('.weight')} >= {
@@ -398,7 +400,8 @@ def test_copies_and_files(base, tmp_path):
     loaded = timm.create_model(
         NAME, pretrained=True, num_classes=10, pretrained_cfg_overlay=dict(file=str(path)), **ensemble._model_args)
     others = [
-        copy.deepcopy(ensemble), pickle.loads(pickle.dumps(ensemble)), torch.load(file, weights_only=False), rebuilt, loaded]
+        copy.deepcopy(ensemble), pickle.loads(pickle.dumps(ensemble)), torch.load(file, weights_only=False), rebuilt,
+        loaded]
     with torch.no_grad():
         expected = ensemble(x, 3)
         for other in others:
@@ -477,8 +480,8 @@ def test_growing(name, tmp_path):
     for nodes in ((1, 1, 2, 2, 4), (2, 2, 2, 2, 2), (1, 1, 1, 3, 6)):
         parent = [m * 2 // nodes[-1] for m in range(nodes[-1])]
         by_timm = timm.create_model(
-            name, nodes=nodes, num_classes=5, pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=5),
-            **kwargs).eval()
+            name, nodes=nodes, num_classes=5, pretrained=True,
+            pretrained_cfg_overlay=dict(file=str(path), num_classes=5), **kwargs).eval()
         by_file = timm.create_model(name, nodes=nodes, num_classes=5, **kwargs).eval()
         RunCheckpoint.read(path).load_into(by_file)
         with torch.no_grad():
@@ -645,6 +648,6 @@ def test_fresh_nodes_need_a_base_that_timm_can_make():
     model.layer3 = nn.Sequential(model.layer3, nn.Conv2d(96, 96, 1)) if False else model.layer3
     model.fc = nn.Linear(model.fc.in_features, 10, bias=False)
     before = snapshot(model)
-    with pytest.raises(ValueError, match='fresh.*test_resnet'):
+    with pytest.raises(ValueError, match=r'fresh.*test_resnet'):
         timm_hne.hierarchize(model, init='fresh')
     assert same(before, snapshot(model))

@@ -59,17 +59,17 @@ def test_measured_times_are_those_of_the_clock(monkeypatch):
 @pytest.mark.parametrize('kind', KINDS)
 def test_an_optimised_model_has_the_same_macs(kind):
     model = tiny_ensemble(kind=kind)
-    fast = optimize_for_inference(model, compile=False, dtype=torch.bfloat16)
+    fast = optimize_for_inference(model, engine='eager', dtype=torch.bfloat16)
     table = LatencyTable.measure(fast, (3, 8, 8), batch_sizes=(1,), repeats=1)
     macs = member_macs(model, 8)
     assert table.macs == {n: macs[n] for n in (1, 2, 4)}
-    assert (table.model, table.dtype, table.mode) == (type(model).__name__, 'bfloat16', 'folded')
+    assert (table.model, table.dtype, table.mode) == (type(model).__name__, 'bfloat16', 'eager')
     assert all(ms > 0 for ms in table.latency_ms[1].values())
 
 
 def test_a_model_that_create_model_has_built_has_its_name():
     model = small_resnet((1, 1, 1, 1, 1))
-    for form in (model, optimize_for_inference(model, compile=False)):
+    for form in (model, optimize_for_inference(model, engine='eager')):
         table = LatencyTable.measure(form, (3, 8, 8), batch_sizes=(1,), repeats=1)
         assert table.model == 'hne_resnet50_c8'
 
@@ -80,9 +80,9 @@ def test_a_failure_of_the_compiler_is_told(monkeypatch):
 
     monkeypatch.setattr(torch, 'compile', unavailable)
     with pytest.warns(UserWarning, match='no compiler found'):
-        table = LatencyTable.measure(
-            optimize_for_inference(tiny_ensemble()), (3, 8, 8), batch_sizes=(1,), num_members=(1,), repeats=1)
-    assert table.mode == 'folded' and 'folded' in str(table)
+        fast = optimize_for_inference(tiny_ensemble(), engine='inductor')
+        table = LatencyTable.measure(fast, (3, 8, 8), batch_sizes=(1,), num_members=(1,), repeats=1)
+    assert table.mode == 'eager' and 'eager' in str(table)
 
 
 @pytest.mark.parametrize('latency_ms, batch_size, members', [
@@ -155,20 +155,20 @@ def test_arm_processors_are_told_apart(monkeypatch, tmp_path):
 
 def test_a_table_of_another_model_is_noticed(tmp_path):
     model = tiny_ensemble()
-    fast = optimize_for_inference(model, compile=False)
+    fast = optimize_for_inference(model, engine='eager')
     path = tmp_path / 'table.json'
     LatencyTable.measure(fast, (3, 8, 8), batch_sizes=(1,), repeats=1).save(path)
     assert LatencyTable.load(path, model=fast) == LatencyTable.load(path)
 
     def folded(**kwargs):
-        return optimize_for_inference(tiny_ensemble(**kwargs), compile=False)
+        return optimize_for_inference(tiny_ensemble(**kwargs), engine='eager')
 
     for other, words in (
-            (model, "'mode': 'folded'.*'mode': 'original'"),
-            (optimize_for_inference(model), "'mode': 'compiled'"),
+            (model, "'mode': 'eager'.*'mode': 'original'"),
+            (optimize_for_inference(model, engine='inductor'), "'mode': 'inductor'"),
             (folded(nodes=(1, 1, 4)), r"'nodes': \(1, 1, 4\)"),
             (folded(kind='replicated'), "'model': 'ReplicatedEnsemble'"),
-            (optimize_for_inference(model, compile=False, dtype=torch.bfloat16), "'dtype': 'bfloat16'"),
+            (optimize_for_inference(model, engine='eager', dtype=torch.bfloat16), "'dtype': 'bfloat16'"),
             (folded(in_chans=1), r"'input_size': \(1, 8, 8\)"),
             (folded(num_classes=7), r"'macs': {1: \d+, 2"),
             (folded(channels=4), r"'macs': {1: \d+, 2"),

@@ -1,8 +1,7 @@
-"""The optimised model against the original: folded, in every formulation, compiled, and without a compiler."""
+"""The optimised model against the original, run eagerly."""
 import copy
 import itertools
 import platform
-import random
 import subprocess
 import sys
 import textwrap
@@ -14,33 +13,15 @@ import torch
 from test_inference import direct, images, small_mobilenet, small_resnet
 from tiny import KINDS, TREES, tiny_ensemble
 
-from timm_hne.inference import early_exit, formulations, optimize, optimize_for_inference
-from timm_hne.inference.formulations import FoldedConv
+from timm_hne.inference import early_exit, optimize, optimize_for_inference
+from timm_hne.inference.engines import eager
 from timm_hne.tree import prefixes
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory():
-    formulations.forget_measurements()
-    yield
-    formulations.forget_measurements()
 
 
 @pytest.fixture
 def pretend_times(monkeypatch):
     """Return a function that puts another in the place of the one that times calls."""
-    def pretend(function):
-        monkeypatch.setattr(formulations, 'shortest_times', function)
-        monkeypatch.setattr(optimize, 'shortest_times', function)
-
-    return pretend
-
-
-@pytest.fixture
-def any_times(pretend_times):
-    """Let chance decide what is the fastest, so that all formulations are used, and nothing waits for measurements."""
-    generator = random.Random(0)
-    pretend_times(lambda functions, device: {name: generator.random() for name in functions})
+    return lambda function: monkeypatch.setattr(eager, 'shortest_times', function)
 
 
 def assert_like(result, expected, tolerance=1e-4):
@@ -49,9 +30,9 @@ def assert_like(result, expected, tolerance=1e-4):
 
 
 @pytest.mark.parametrize('nodes, kind', [*itertools.product(TREES, KINDS), ((1, 2, 4), 'pairs')])
-def test_every_prefix_equals_the_original(any_times, nodes, kind):
+def test_every_prefix_equals_the_original(nodes, kind):
     model, x = tiny_ensemble(nodes, kind), images()
-    fast = optimize_for_inference(model, compile=False)
+    fast = optimize_for_inference(model, engine='eager')
     for n, expected in direct(model, x).items():
         assert_like(fast(x, num_members=n), expected)
         assert_like(fast.forward_members(x, n).mean(dim=1), expected)
@@ -60,26 +41,18 @@ def test_every_prefix_equals_the_original(any_times, nodes, kind):
 
 
 @pytest.mark.parametrize('create, size', [(small_resnet, 8), (small_mobilenet, 32)])
-def test_the_families_and_an_extracted_prefix(any_times, create, size):
+def test_the_families_and_an_extracted_prefix(create, size):
     model, x = create(), images(2, size)
-    assert_like(optimize_for_inference(model, compile=False)(x), model(x))
+    assert_like(optimize_for_inference(model, engine='eager')(x), model(x))
     part = model.extract(3)
-    fast = optimize_for_inference(part, compile=False)
+    fast = optimize_for_inference(part, engine='eager')
     for n, expected in direct(part, x).items():
         assert_like(fast(x, num_members=n), expected)
 
 
-def test_with_real_measurements():
-    model = tiny_ensemble()
-    fast = optimize_for_inference(model, images(), compile=False)
-    assert any(module.formulations for module in fast.modules() if isinstance(module, FoldedConv))
-    for x in (images(), images(1)):
-        assert_like(fast(x), model(x))
-
-
 @pytest.mark.parametrize('kind', KINDS)
 def test_batch_normalisation_is_gone(kind):
-    fast = optimize_for_inference(tiny_ensemble(kind=kind), compile=False)
+    fast = optimize_for_inference(tiny_ensemble(kind=kind), engine='eager')
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fast.modules())
 
 
@@ -89,10 +62,10 @@ def test_the_faster_layout_is_chosen(pretend_times):
             ({'contiguous': 1., 'channels_last': 2.}, torch.contiguous_format),
             ({'contiguous': 2., 'channels_last': 1.}, torch.channels_last),
     ):
-        fast = optimize_for_inference(model, compile=False)
-        pretend_times(lambda functions, device, seconds=seconds: {name: seconds.get(name, 3.) for name in functions})
+        fast = optimize_for_inference(model, engine='eager')
+        pretend_times(lambda functions, device, seconds=seconds: seconds)
         assert_like(fast(x), model(x))
-        assert fast.memory_format == memory_format
+        assert fast._engine.memory_format == memory_format
         assert fast.blocks[0][0].weight.is_contiguous(memory_format=memory_format)
 
 
@@ -100,7 +73,7 @@ def test_the_original_is_untouched():
     model, x = tiny_ensemble(), images()
     before = copy.deepcopy(model.state_dict())
     expected = model(x)
-    fast = optimize_for_inference(model, x, compile=False, dtype=torch.bfloat16)
+    fast = optimize_for_inference(model, x, engine='eager', dtype=torch.bfloat16)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype, name
     assert all(p.requires_grad for p in model.parameters())
@@ -111,7 +84,7 @@ def test_the_original_is_untouched():
 
 def test_bfloat16():
     model, x = tiny_ensemble(), images()
-    fast = optimize_for_inference(model, compile=False, dtype=torch.bfloat16)
+    fast = optimize_for_inference(model, engine='eager', dtype=torch.bfloat16)
     assert all(p.dtype == torch.bfloat16 for p in fast.parameters())
     for n, logits in zip((1, 2, 4), fast.anytime(x), strict=True):
         assert_like(fast(x, num_members=n), model(x, num_members=n), tolerance=5e-2)
@@ -120,7 +93,7 @@ def test_bfloat16():
 
 def test_interface():
     model, x = tiny_ensemble(), images()
-    fast = optimize_for_inference(model, compile=False)
+    fast = optimize_for_inference(model, engine='eager')
     for name in ('nodes', 'ensemble_size', 'num_classes', 'num_members', 'in_chans', 'feature_info'):
         assert getattr(fast, name) == getattr(model, name), name
     fast.num_members = 2
@@ -138,22 +111,21 @@ def test_what_was_measured_is_measured_again_after_a_move(pretend_times):
 
     def seconds(functions, device):
         measured.append(set(functions))
-        return {name: float(name not in ('channels_last', 'per_node')) for name in functions}
+        return dict.fromkeys(functions, 1.)
 
     pretend_times(seconds)
-    fast = optimize_for_inference(model, x, compile=False)
-    count = len(measured)
-    assert any(module.formulations for module in fast.modules() if isinstance(module, FoldedConv))
+    fast = optimize_for_inference(model, x, engine='eager')
+    assert len(measured) == 1
+    fast(x)
+    assert len(measured) == 1
     fast.double()
-    assert fast.memory_format is None
-    assert not any(module.formulations for module in fast.modules() if isinstance(module, FoldedConv))
     assert_like(fast(x), model(x))
-    assert len(measured) == 2 * count
+    assert len(measured) == 2
 
 
 def test_features_in_another_type():
     model, x = tiny_ensemble(), images()
-    fast = optimize_for_inference(model, compile=False, dtype=torch.bfloat16)
+    fast = optimize_for_inference(model, engine='eager', dtype=torch.bfloat16)
     assert_like(fast.forward_features(x, 2).float(), model.forward_features(x, 2), 5e-2)
     maps, expected = fast.forward_intermediates(x, 2, intermediates_only=True), model.forward_intermediates(x, 2)[1]
     for features, other in zip(maps, expected, strict=True):
@@ -163,10 +135,10 @@ def test_features_in_another_type():
 def test_made_in_inference_mode():
     model, x = tiny_ensemble(), images()
     with torch.inference_mode():
-        fast = optimize_for_inference(model, compile=False)
+        fast = optimize_for_inference(model, engine='eager')
     assert_like(fast(x), model(x))
     with torch.inference_mode():
-        fast = optimize_for_inference(model, x, compile=False)
+        fast = optimize_for_inference(model, x, engine='eager')
     assert_like(fast(x), model(x))
 
 
@@ -186,7 +158,7 @@ def test_refused_models():
 def test_what_the_original_refuses_is_refused_alike(x):
     """Raw images used to be taken, unlike by the original."""
     model = tiny_ensemble()
-    fast = optimize_for_inference(model, compile=False)
+    fast = optimize_for_inference(model, engine='eager')
     errors = []
     for call in (model, fast, fast.forward_members, fast.forward_features, fast.anytime, model.anytime):
         with pytest.raises(TypeError, match=r'x .*(uint8|ndarray)') as error:
@@ -199,14 +171,14 @@ def test_what_the_original_refuses_is_refused_alike(x):
 def test_the_memory_of_the_process_is_left_alone_unless_asked(monkeypatch):
     calls = []
     monkeypatch.setattr(optimize, 'keep_freed_memory', lambda: calls.append(1))
-    optimize_for_inference(tiny_ensemble(), compile=False)
+    optimize_for_inference(tiny_ensemble(), engine='eager')
     assert not calls
-    optimize_for_inference(tiny_ensemble(), compile=False, keep_memory=True)
+    optimize_for_inference(tiny_ensemble(), engine='eager', keep_memory=True)
     assert calls
 
 
 def test_refused_calls():
-    fast = optimize_for_inference(tiny_ensemble(), compile=False)
+    fast = optimize_for_inference(tiny_ensemble(), engine='eager')
     for num_members, error in ((0, ValueError), (5, ValueError), (2., TypeError)):
         with pytest.raises(error, match='num_members'):
             fast(images(), num_members=num_members)
@@ -245,5 +217,5 @@ def test_freed_memory_is_kept_for_the_next_tensors():
 
 
 def test_timm_sees_the_config():
-    fast = optimize_for_inference(small_resnet(), compile=False)
+    fast = optimize_for_inference(small_resnet(), engine='eager')
     assert timm.data.resolve_model_data_config(fast)['input_size'] == (3, 32, 32)

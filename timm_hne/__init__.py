@@ -1,21 +1,27 @@
-"""Hierarchical Neural Ensembles as timm models. Importing this package registers them.
+"""Hierarchical Neural Ensembles as timm models. Importing this package makes them known to timm.
 
-The models are imported at once, since timm must know them. All else is imported when it is first used: whoever only
-creates a model, as every process does that imports timm, need not wait for it.
+Everything is imported when it is first used: the models as soon as timm is there, a public name when it is asked for.
+So `timm_hne.runtime`, which runs exported models, needs neither timm nor PyTorch.
 """
-from importlib import import_module
+import sys
 from typing import TYPE_CHECKING
 
-from .version import __version__, check_timm
+from timm_hne_autoload import watch
 
-check_timm()  # before the models import what an older timm has not
-
-from .models import HierarchicalEnsemble, HNEFromTimm, HNEMobileNetV2, HNEResNet, hierarchize  # noqa: E402
+from .version import __version__
 
 if TYPE_CHECKING:
     from .evaluation import cost_table
     from .hub import publish
-    from .inference import AdaptiveRunner, LatencyTable, calibrate_threshold, early_exit, optimize_for_inference
+    from .inference import (
+        AdaptiveRunner,
+        LatencyTable,
+        calibrate_threshold,
+        early_exit,
+        optimize_for_inference,
+        quantize,
+    )
+    from .models import HierarchicalEnsemble, HNEFromTimm, HNEMobileNetV2, HNEResNet, hierarchize
     from .training import HNELoss, HNETask
 
 __all__ = [
@@ -34,28 +40,42 @@ __all__ = [
     'hierarchize',
     'optimize_for_inference',
     'publish',
+    'quantize',
 ]
 
 _PACKAGES = {
     'evaluation': ('cost_table',),
     'hub': ('publish',),
-    'inference': ('AdaptiveRunner', 'LatencyTable', 'calibrate_threshold', 'early_exit', 'optimize_for_inference'),
+    'inference': (
+        'AdaptiveRunner', 'LatencyTable', 'calibrate_threshold', 'early_exit', 'optimize_for_inference', 'quantize'),
+    'models': ('HNEFromTimm', 'HNEMobileNetV2', 'HNEResNet', 'HierarchicalEnsemble', 'hierarchize'),
     'training': ('HNELoss', 'HNETask'),
 }
 _HOMES = {name: package for package, names in _PACKAGES.items() for name in names}
+_MODULES = ('checks', 'files', 'images', 'prefix', 'pretrained', 'process', 'runtime', 'tree')
+
+
+def _import(name: str):
+    # Unlike importlib.import_module, this does not raise if another thread imports the same and waits for this one.
+    __import__(f'{__name__}.{name}')
+    return sys.modules[f'{__name__}.{name}']
 
 
 def __getattr__(name: str):
-    """Import what is used for the first time, a public name or a package; Python calls this (PEP 562)."""
+    """Import what is used for the first time, a public name or a part of the package; Python calls this (PEP 562)."""
     if name in _HOMES:
-        value = globals()[name] = getattr(import_module(f'.{_HOMES[name]}', __name__), name)
+        value = globals()[name] = getattr(_import(_HOMES[name]), name)
         return value
-    if name in _PACKAGES:
-        return import_module(f'.{name}', __name__)
+    if name in _PACKAGES or name in _MODULES:
+        return _import(name)
     if name in ('cost', 'metrics'):  # where version 0.1 had them
-        return import_module(f'.evaluation.{name}', __name__)
+        return _import(f'evaluation.{name}')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES})
+    return sorted({*globals(), *__all__, *_PACKAGES, *_MODULES})
+
+
+if not watch():
+    _import('models')

@@ -16,7 +16,7 @@ COMMANDS = {
     'plot': ('plot', "draw the paper's figures and Table 1 from evaluations"),
     'predict': ('predict', 'print the labels of image files, at a cost of your choice'),
     'bench': ('bench', 'measure the latency of every number of members on this machine'),
-    'export': ('export', 'write one ONNX or torch.export program per number of members'),
+    'export': ('export', 'write a folder that runs without PyTorch, or one program per number of members'),
     'publish': ('publish', 'publish a checkpoint on the Hugging Face Hub'),
 }
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except ImportError as error:
-        extras = "pip install 'timm-hne[demo,plots,export]'"
+        extras = "pip install 'timm-hne[demo,plots,openvino]'"
         parser.exit(1, f'timm-hne {args.command}: {error}. Optional packages come with {extras}.\n')
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         # On one line, as a shell's user expects; PyTorch's messages have several.

@@ -1,4 +1,7 @@
-"""Programs to be run without this package: one ONNX or torch.export file per number of members."""
+"""Programs for other software: one ONNX or torch.export file per number of members.
+
+For what `timm_hne.runtime` runs see `deploy.py`.
+"""
 import copy
 import warnings
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ from ..files import write_file
 from ..models.anytime import check_ready
 from ..models.create import check_ensemble
 from ..models.ensemble import HierarchicalEnsemble
-from .optimize import optimize_for_inference
+from .folding import folded
 
 FORMATS = {'onnx': '.onnx', 'torch.export': '.pt2'}
 
@@ -63,7 +66,7 @@ def export(
     input_size = resolve_input_size(model, input_size)
     path = Path(path)
     prefix = model.extract(num_members).cpu().float()
-    prefix = optimize_for_inference(prefix, compile=False).uncompiled()
+    prefix = folded(prefix)
     images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), warnings.catch_warnings():
         # PyTorch's exporter warns of itself.

@@ -1,10 +1,62 @@
 """Batch normalisation folded into the convolutions before it, where a module says plainly what follows what."""
+import copy
+
 import timm.layers
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..models.layers import ConvNormAct
-from .formulations import FoldedConv
+from ..models.ensemble import HierarchicalEnsemble
+from ..models.layers import BranchedConv2d, ConvNormAct
+
+
+class FoldedConv(BranchedConv2d):
+    """A `ConvNormAct` whose batch normalisation is part of the weights.
+
+    Args:
+        layer: The layer to fold, in evaluation mode.
+    """
+
+    def __init__(self, layer: ConvNormAct):
+        conv, bn = layer.conv, layer.bn
+        super().__init__(
+            conv.in_channels // conv.parents,
+            conv.out_channels // conv.nodes,
+            conv.kernel_size[0],
+            conv.parents,
+            conv.nodes,
+            stride=conv.stride[0],
+            groups=conv.groups // conv.parents,
+            device='meta',
+        )
+        # In double precision, so that folding itself adds no error to speak of.
+        scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+        weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
+        bias = bn.bias.double() - bn.running_mean.double() * scale
+        self.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
+        self.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+        self.act = bn.act
+
+    def forward(self, x: Tensor, span: tuple[int, int] | None = None) -> Tensor:
+        return self.act(super().forward(x, (0, self.nodes) if span is None else span))
+
+    def convolve(self, x: Tensor, first: int, last: int, parents: int) -> Tensor:
+        channels = self.out_channels // self.nodes
+        weight = self.weight[first * channels:last * channels]
+        bias = self.bias[first * channels:last * channels]
+        groups = parents * (self.groups // self.parents)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+
+
+def folded(model: HierarchicalEnsemble) -> HierarchicalEnsemble:
+    """Return a copy of a model in evaluation mode with folded batch normalisations and frozen weights."""
+    # Tensors made in inference mode could not be used outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        model = copy.deepcopy(model).requires_grad_(False)
+        fold(model)
+    return model
 
 
 def fold(module: nn.Module) -> None:

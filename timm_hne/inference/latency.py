@@ -33,7 +33,7 @@ def _describe(model: HierarchicalEnsemble | OptimizedEnsemble) -> dict[str, Any]
 
 
 def _plain(model: HierarchicalEnsemble | OptimizedEnsemble) -> HierarchicalEnsemble:
-    return model.uncompiled() if isinstance(model, OptimizedEnsemble) else model
+    return model.model if isinstance(model, OptimizedEnsemble) else model
 
 
 def _checked(values: dict[str, Any]) -> 'LatencyTable':
@@ -71,7 +71,7 @@ class LatencyTable:
 
     Attributes:
         model: Name of the architecture, or of the class if timm's `create_model` has not built the model.
-        mode: What ran: 'original' is the model as it is, the others are `OptimizedEnsemble.mode`.
+        mode: What ran: 'original' is the model as it is, the others are engines, `OptimizedEnsemble.mode`.
         nodes: Number of nodes of each block of the model.
         input_size: Channels, height and width of the images.
         dtype: Type that was computed in, e.g. 'float32'.
@@ -219,6 +219,8 @@ class LatencyTable:
                     f'{({key: here.get(key) for key in other})}.')
         if model is not None:
             found = {**_describe(model), 'input_size': (model.in_chans, *table.input_size[1:])}
+            if found['mode'] == 'auto':  # not decided yet
+                del found['mode']
             other = {key: value for key, value in found.items() if getattr(table, key) != value}
             if not other:  # another width, or other classes
                 macs = member_macs(_plain(model), table.input_size[1:])

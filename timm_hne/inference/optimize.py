@@ -1,44 +1,32 @@
-"""A model made fast for inference on the machine at hand: folded, laid out, formulated and compiled by measurement."""
-import copy
+"""A model made fast for inference on the machine at hand: folded, and run by the fastest engine there is."""
 import functools
+import logging
 import threading
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..models.anytime import anytime, check_images, forget_times
 from ..models.create import check_ensemble
 from ..models.ensemble import HierarchicalEnsemble
-from ..models.frontier import Frontier, advance
+from ..models.frontier import Frontier, advance, first_frontier
 from ..process import keep_freed_memory
-from ..tree import validate_num_members
-from .folding import fold
-from .formulations import FoldedConv, shortest_times
+from ..tree import prefixes, validate_num_members
+from .engines import ENGINES, Engine, check_engine, engines_for
+from .engines.base import shortest_times, tensors
+from .folding import folded
 
-
-def _tensors(frontier: Frontier) -> list[Tensor]:
-    """Return the tensors that the features of a frontier hold, whatever they are made of."""
-    return [leaf for leaf in tree_leaves(frontier) if isinstance(leaf, Tensor)]
-
-
-def _with_own_code(function: Callable) -> Callable:
-    """Copy a function with its code: the compiler's cache and its limit of entries belong to the code object."""
-    code = function.__code__.replace()
-    name, defaults = function.__name__, function.__defaults__
-    return types.FunctionType(code, function.__globals__, name, defaults, function.__closure__)
+_logger = logging.getLogger(__name__)
 
 
 def _refused(name: str) -> Callable:
     def refuse(self, *args, **kwargs) -> None:
         raise RuntimeError(f'An optimised model cannot {name}; do it to the original and optimise that.')
 
-    refuse.__doc__ = 'Refuse: compiled programs are of the model as it is.'
+    refuse.__doc__ = 'Refuse: programs are of the model as it is.'
     return refuse
 
 
@@ -49,19 +37,22 @@ class OptimizedEnsemble(nn.Module):
 
     Args:
         model: Folded model of which nobody else holds a reference.
-        compile: Whether to compile.
+        engine: Name of the engine, or 'auto'.
         output_dtype: Type of the logits returned.
+
+    Attributes:
+        requested_engine: The engine asked for.
+        reason: Why the engine in use was taken; empty before the first call.
     """
 
-    def __init__(self, model: HierarchicalEnsemble, compile: bool, output_dtype: torch.dtype):
+    def __init__(self, model: HierarchicalEnsemble, engine: str, output_dtype: torch.dtype):
         super().__init__()
         self.model = model
-        self.compile_programs = compile
+        self.requested_engine = engine
         self.output_dtype = output_dtype
         self.dtype = next(model.parameters()).dtype
-        self.memory_format: torch.memory_format | None = None
-        # Per kind, first and last member, and whether for a single image: the program, and whether it is compiled.
-        self._programs: dict[tuple, tuple[Callable, bool]] = {}
+        self.reason = ''
+        self._engine: Engine | None = None
         self._lock = threading.RLock()
         super().train(False)
 
@@ -72,8 +63,8 @@ class OptimizedEnsemble(nn.Module):
             return getattr(super().__getattr__('model'), name)
 
     def __getstate__(self) -> dict:
-        # Compiled programs hold this very model; a copy makes its own.
-        return {**self.__dict__, '_programs': {}, '_lock': None}
+        # Programs are of this very model; a copy makes its own.
+        return {**self.__dict__, '_engine': None, '_lock': None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -82,12 +73,8 @@ class OptimizedEnsemble(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> 'OptimizedEnsemble':
         super()._apply(fn, recurse)
         self.dtype = next(self.model.parameters()).dtype
-        # All that was measured was measured elsewhere, or in another type.
-        self.memory_format = None
-        for module in self.model.modules():
-            if isinstance(module, FoldedConv):
-                module.formulations.clear()
-        self._programs.clear()
+        # All that was made and measured was so elsewhere, or in another type.
+        self._engine = None
         forget_times(self)
         return self
 
@@ -105,21 +92,11 @@ class OptimizedEnsemble(nn.Module):
 
     @property
     def mode(self) -> str:
-        """What runs: 'compiled', 'folded' (eager), or 'partly compiled' if the compiler failed after some programs.
+        """The engine that runs; 'partly inductor' if the compiler failed after some programs. At first what is asked.
 
-        Before the first call it is what is intended.
+        'auto' is decided at the first call.
         """
-        if self.compile_programs:
-            return 'compiled'
-        return 'partly compiled' if any(compiled for _, compiled in [*self._programs.values()]) else 'folded'
-
-    def uncompiled(self) -> HierarchicalEnsemble:
-        """Return a copy of the folded model with all convolutions as such, for tools that read or trace it."""
-        model = copy.deepcopy(self.model)
-        for module in model.modules():
-            if isinstance(module, FoldedConv):
-                module.formulations = {}
-        return model
+        return self.requested_engine if self._engine is None else self._engine.ran
 
     @property
     def num_members(self) -> int:
@@ -132,17 +109,31 @@ class OptimizedEnsemble(nn.Module):
 
     def forward(self, x: Tensor, num_members: int | None = None) -> Tensor:
         """Compute the ensemble's logits `(B, num_classes)`, as the original does."""
-        return self._run('forward', 0, self._resolve(num_members), (self._check(x),))
+        return self.forward_members(x, num_members).mean(dim=1)
 
     def forward_members(self, x: Tensor, num_members: int | None = None) -> Tensor:
         """Compute the logits of each of the first n members `(B, n, num_classes)`, as the original does."""
-        return self._run('members', 0, self._resolve(num_members), (self._check(x),))
+        if num_members is None:
+            num_members = self.num_members
+        validate_num_members(num_members, self.model.ensemble_size)
+        check_images(x, self.model.in_chans)
+        return self.advance(first_frontier(self.model, x), 0, num_members)[0]
 
+    @torch.no_grad()
     def advance(self, frontier: Frontier, start: int, stop: int) -> tuple[Tensor, Frontier]:
-        """Add members to an evaluation; see `timm_hne.inference.advance`."""
+        """Add members to an evaluation; see `timm_hne.inference.advance`. The frontier is the engine's own affair."""
         if start == 0:
-            self._check(frontier[0])
-        return self._run('advance', start, stop, frontier)
+            check_images(frontier[0], self.model.in_chans)
+            frontier = (frontier[0].detach().to(self.dtype), *frontier[1:])
+        if tensors(frontier)[0].shape[0] == 0:  # no image
+            logits, frontier = advance(self.model, frontier, start, stop)
+            return logits.to(self.output_dtype), frontier
+        engine = self._engine
+        if engine is None:
+            with self._lock:
+                engine = self._engine = self._engine or self._choose(frontier, stop)
+        logits, frontier = _advance(engine, frontier, start, stop)
+        return logits.to(self.output_dtype), frontier
 
     def anytime(
             self,
@@ -155,162 +146,127 @@ class OptimizedEnsemble(nn.Module):
 
     @torch.no_grad()
     def forward_features(self, x: Tensor, num_members: int | None = None) -> Tensor:
-        """Compute the last feature maps `(B, n * F, H', W')` in the type computed in; not compiled."""
-        return self.model.forward_features(self._check(x).to(self.dtype), num_members)
+        """Compute the last feature maps `(B, n * F, H', W')` in the type computed in, by PyTorch."""
+        check_images(x, self.model.in_chans)
+        return self.model.forward_features(x.to(self.dtype), num_members)
 
     @torch.no_grad()
     def forward_intermediates(self, x: Tensor, *args, **kwargs):
-        """Compute the feature maps of the blocks in the type computed in; not compiled."""
-        return self.model.forward_intermediates(self._check(x).to(self.dtype), *args, **kwargs)
-
-    def _resolve(self, num_members: int | None) -> int:
-        return self.num_members if num_members is None else validate_num_members(num_members, self.model.ensemble_size)
-
-    def _check(self, x: Tensor) -> Tensor:
+        """Compute the feature maps of the blocks in the type computed in, by PyTorch."""
         check_images(x, self.model.in_chans)
-        return x
+        return self.model.forward_intermediates(x.to(self.dtype), *args, **kwargs)
 
-    def _body(self, kind: str, start: int, stop: int) -> Callable:
-        """Return the function of feature maps that a program computes."""
-        model, output_dtype = self.model, self.output_dtype
+    def _make(self, name: str) -> Engine:
+        return ENGINES[name](self.model)
 
-        def body(*frontier: Any):
-            if kind == 'advance':
-                logits, frontier = advance(model, frontier, start, stop)
-                return logits.to(output_dtype), frontier
-            forward = model.forward if kind == 'forward' else model.forward_members
-            return forward(frontier[0], stop).to(output_dtype)
-
-        return body
-
-    @torch.no_grad()
-    def _run(self, kind: str, start: int, stop: int, frontier: Frontier):
-        some = _tensors(frontier)[0]
-        if start == 0:
-            if self.memory_format is None:
-                with self._lock:
-                    if self.memory_format is None:
-                        self._choose_layout(some)
-            some = some.detach().to(self.dtype, memory_format=self.memory_format)
-            frontier = (some, *frontier[1:])
-        if some.shape[0] == 0:
-            return self._body(kind, start, stop)(*frontier)
-        key = (kind, start, stop, some.shape[0] == 1)
-        found = self._programs.get(key)
-        if found is None:
-            with self._lock:
-                found = self._programs.get(key)
-                if found is None:
-                    return self._build(key, frontier)
-        program, compiled = found
-        return self._try(program, key, frontier) if compiled else program(*frontier)
-
-    def _build(self, key: tuple, frontier: Frontier):
-        """Measure the convolutions of a program, make it, and run it for the first time."""
-        body = self._body(*key[:3])
-        convs = [module for module in self.model.modules() if isinstance(module, FoldedConv)]
-        for conv in convs:
-            conv.measuring = True
-        try:
-            result = body(*frontier)
-        finally:
-            for conv in convs:
-                conv.measuring = False
-        if not self.compile_programs:
-            self._programs[key] = body, False
-            return result
-
-        def program(*frontier: Any):
-            compiled = _compile(_with_own_code(body), frontier)
-            result = compiled(*frontier)
-            self._programs[key] = compiled, True
-            return result
-
-        return self._try(program, key, frontier)
-
-    def _try(self, program: Callable, key: tuple, frontier: Frontier):
-        """Run a compiled program. If the compiler fails, now or with a later image size, go on without it."""
-        if not key[3]:
-            # One program serves all batch sizes from 2.
-            for tensor in _tensors(frontier):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        try:
-            return program(*frontier)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            message = str(error)
-        body = self._body(*key[:3])
-        result = body(*frontier)  # if it was not the compiler, this fails too
-        warnings.warn(f'Compilation is not available here, going on without: {message}', stacklevel=4)
-        self.compile_programs, self._programs[key] = False, (body, False)
-        return result
-
-    def _choose_layout(self, x: Tensor) -> None:
-        """Measure the folded first member in both memory formats and keep the faster one."""
-        formats = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
-        models = {name: copy.deepcopy(self.model).to(memory_format=formats[name]) for name in formats}
-        seconds = shortest_times({
-            name: functools.partial(models[name], x.detach().to(self.dtype, memory_format=formats[name]), 1)
-            for name in formats
-        }, x.device)
-        fastest = formats[min(seconds, key=seconds.get)]
-        self.model.to(memory_format=fastest)
-        self.memory_format = fastest  # last: other threads go ahead when they see it
+    def _choose(self, frontier: Frontier, stop: int) -> Engine:
+        """Make the engine asked for; for 'auto', the fastest of the run-times installed, else PyTorch's compiler."""
+        device = next(self.model.parameters()).device
+        with torch.inference_mode(False):
+            if self.requested_engine != 'auto':
+                check_engine(self.requested_engine, device, self.dtype)
+                self.reason = 'asked for'
+                return self._make(self.requested_engine)
+            engines: dict[str, Engine] = {}
+            failures = [
+                f'{name} is not installed' for name, engine in ENGINES.items()
+                if engine.stepwise and engine.missing() and not engine.obstacle(device, self.dtype)
+            ]
+            for name in engines_for(device, self.dtype):
+                if ENGINES[name].stepwise:
+                    engine = self._make(name)
+                    try:
+                        _advance(engine, frontier, 0, stop)
+                    except Exception as error:
+                        warnings.warn(f'{name} cannot run this model, going on without: {error}', stacklevel=5)
+                        failures.append(f'{name} failed')
+                    else:
+                        engines[name] = engine
+        if not engines:
+            self.reason = '; '.join([*failures, f"PyTorch's compiler serves {self.dtype} on {device.type}"])
+            engines = {'inductor': self._make('inductor')}
+        chosen = next(iter(engines))
+        if len(engines) > 1:
+            seconds = shortest_times({
+                name: functools.partial(_advance, engine, frontier, 0, stop) for name, engine in engines.items()
+            }, device)
+            chosen = min(seconds, key=seconds.get)
+            times = ', '.join(f'{name} {1000 * s:.2f} ms' for name, s in seconds.items())
+            self.reason = f'the fastest for {stop} members and {frontier[0].shape[0]} images: {times}'
+        elif not self.reason:
+            self.reason = '; '.join(['the only run-time that is installed and serves this model', *failures])
+        _logger.info('engine %s: %s', chosen, self.reason)
+        return engines[chosen]
 
 
-def _compile(function: Callable, frontier: Frontier) -> Callable:
-    return torch.compile(function, options={
-        # Weights become constants, packed for the processor once.
-        'freezing': _tensors(frontier)[0].device.type == 'cpu',
-        # Nothing but the input can change: the folded model belongs to this module alone.
-        'guard_filter_fn': torch.compiler.keep_tensor_guards_unsafe,
-    })
+def _advance(engine: Engine, frontier: Frontier, start: int, stop: int) -> tuple[Tensor, Frontier]:
+    """Let an engine go from `start` to `stop` members, in its own steps."""
+    between = (n for n in prefixes(stop) if start < n < stop) if engine.stepwise else ()
+    logits = []
+    for end in (*between, stop):
+        members, frontier = engine.step(frontier, start, end)
+        logits.append(members)
+        start = end
+    return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1), frontier
 
 
 def optimize_for_inference(
         model: HierarchicalEnsemble,
         example_input: Tensor | None = None,
-        compile: bool = True,
+        engine: str = 'auto',
         dtype: torch.dtype | None = None,
         keep_memory: bool = False,
+        compile: bool | None = None,
 ) -> OptimizedEnsemble:
     """Return a fast version of a model with the same `forward(x, num_members=None)`.
 
-    Batch normalisation is folded into the convolutions. At the first call the memory format is chosen, and for every
-    branched convolution its formulation: a grouped convolution, a batched matrix product, or a convolution per node,
-    whichever is fastest on this device; this is measured once per kind of convolution and remembered. For each number
-    of members asked for there is one compiled program for all batches of two images or more, and one for a single
-    image, made when first needed.
+    Batch normalisation is folded into the convolutions, and an engine computes the rest:
+
+    - 'onnxruntime' and 'openvino' go through the steps 0 -> 1 -> 2 -> 4 -> ... -> N, each an ONNX program that is
+      written when first needed and kept on disk (`$TIMM_HNE_CACHE`, or `timm_hne` in the user's cache folder). For any
+      other number of members there is one more program, for the step from the last of these.
+    - 'inductor' is `torch.compile`: for each number of members asked for one program for all batches of two images or
+      more, and one for a single image. Where it fails, the result runs eagerly, after a warning.
+    - 'eager' is PyTorch layer by layer.
+    - 'auto' takes the fastest of ONNX Runtime and OpenVINO as measured with the first images, if they are installed and
+      serve the model's device and type, and the compiler otherwise.
+
+    `result.mode` says which engine runs, and `result.reason` why. Whatever is needed is made when first asked for, so
+    the first call with each number of members takes longer.
 
     The results are those of the original within 1e-4 of the largest logit in float32 and within 5e-2 in bfloat16.
 
     Args:
         model: Any hierarchical ensemble in evaluation mode. It is not changed, and shares no memory with the result.
-        example_input: Images `(B, C, H, W)` as they will come; measuring and compiling for them is then done at once.
-        compile: Use `torch.compile`. Where it fails, the result runs eagerly, after a warning; its `mode` says which.
+        example_input: Images `(B, C, H, W)` as they will come; choosing and making programs is then done at once.
+        engine: 'auto', 'onnxruntime', 'openvino', 'inductor' or 'eager'.
         dtype: Type to compute in, e.g. `torch.bfloat16`; the model's own if None. Logits have the original's type.
         keep_memory: If the model is on a CPU, call `timm_hne.process.keep_freed_memory`, which changes the whole
             process for good: feature maps of a large batch come back from the system page by page otherwise, each time.
+        compile: Deprecated: True for engine='inductor', False for engine='eager'.
 
     Raises:
         TypeError: `model` is no hierarchical ensemble, or `dtype` no floating point type.
-        ValueError: `model` is in training mode, or `example_input` is not a batch of images for it.
+        ValueError: `model` is in training mode, `example_input` is not a batch of images for it, or the engine is
+            unknown or cannot run on the model's device or in its type.
+        ImportError: The engine is not installed.
     """
     check_ensemble(model)
     if model.training:
         raise ValueError('model must be in evaluation mode, got one in training mode; call model.eval() first.')
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f'dtype must be a floating point torch.dtype or None, got {dtype!r}.')
-    output_dtype = next(model.parameters()).dtype
-    # Tensors made in inference mode could not be used outside of it.
-    with torch.inference_mode(False), torch.no_grad():
-        model = copy.deepcopy(model).requires_grad_(False)
-        fold(model)
-        model = model.to(dtype)
-    if keep_memory and next(model.parameters()).device.type == 'cpu':
+    if compile is not None:
+        engine = 'inductor' if compile else 'eager'
+        warnings.warn(f'compile={compile} is deprecated: use engine={engine!r}.', DeprecationWarning, stacklevel=2)
+    weight = next(model.parameters())
+    if engine != 'auto':
+        check_engine(engine, weight.device, dtype or weight.dtype)
+    with torch.inference_mode(False):
+        model = folded(model).to(dtype)
+    if keep_memory and weight.device.type == 'cpu':
         keep_freed_memory()
-    optimized = OptimizedEnsemble(model, compile, output_dtype)
+    optimized = OptimizedEnsemble(model, engine, weight.dtype)
     if example_input is not None:
         optimized(example_input)
     return optimized

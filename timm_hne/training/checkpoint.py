@@ -129,8 +129,6 @@ class RunCheckpoint:
     def _check_sums(self) -> None:
         """Raise a ValueError if a byte of the file has changed since it was written. PyTorch does not look."""
         try:
-            if not zipfile.is_zipfile(self.path):
-                return  # the format that PyTorch had before 1.6 has no check sums
             with zipfile.ZipFile(self.path) as file:
                 damaged = file.testzip()
                 # An entry marked as a folder has no content for PyTorch, which then returns whatever is in memory.
