@@ -181,12 +181,16 @@ def to_markdown(report: dict, ways: list[str]) -> str:
 def plot(curves: dict[str, list[dict]], path: Path) -> None:
     """Draw accuracy against MACs of each run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.subplots()
     for name, rows in curves.items():
         axes.plot([row['macs'] / 1e6 for row in rows], [row['top1'] for row in rows], 'o-', label=name)
     axes.set(xlabel='million MACs of one image', ylabel='top-1 accuracy (%)', xscale='log')
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter('{x:.3g}')
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format='png', dpi=120, metadata={'Software': None})

@@ -103,16 +103,16 @@ def main(args: argparse.Namespace) -> None:
         '',
         '`paper` replicates feature maps where a branch splits and has one group a node (`benchmarks/paper.py`); its '
         'outputs were compared with those of the model before timing. `optimised` is the model after '
-        '`optimize_for_inference(model, compile=False)`, which folds the batch normalisation, chooses format and '
-        'formulation of the convolutions, and makes the C library keep freed memory (`timm_hne/process.py`): the '
-        'second part. The other networks are plain convolutions without a tree; '
+        "`optimize_for_inference(model, engine='eager')`, which folds the batch normalisation and chooses the format; "
+        'it is in the second part, for which the C library keeps freed memory (`timm_hne/process.py`). The other '
+        'networks are plain convolutions without a tree; '
         f'{points[-1]} separate ones run one after the other.',
         '',
     ]
     seconds = {}
     for memory in ("the C library's default", 'kept'):
         if memory == 'kept':  # from here on, for the whole process
-            optimized = optimize_for_inference(modules['model'], images, compile=False)
+            optimized = optimize_for_inference(modules['model'], images, engine='eager')
             calls |= {('optimised', layout): functools.partial(optimized, images) for layout in FORMATS}
         with torch.inference_mode():
             medians = paired_medians(calls, args.repeats, warmup=1)

@@ -133,14 +133,14 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, nargs=3, default=[6., 8., 6.], help='of the calm, the surge, the calm')
     parser.add_argument('--calm', type=float, default=0.3, help='rate in the calm over the throughput of n = N')
     parser.add_argument('--surge', type=float, default=0.25, help='rate in the surge over the throughput of n = 1')
-    parser.add_argument('--no-compile', action='store_true')
+    parser.add_argument('--engine', default='auto', help='see `optimize_for_inference`')
     parser.add_argument('--output', type=Path, default=Path('output/load'))
     args = parser.parse_args()
 
     model, images, classes = load_subject(args)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # an image folder is sorted
     images, classes = images[order], classes[order]
-    fast = optimize_for_inference(model, compile=not args.no_compile)
+    fast = optimize_for_inference(model, engine=args.engine)
     size = model.ensemble_size
     full, one = throughput(fast, images, size), throughput(fast, images, 1)
     calm, surge = args.calm * full, args.surge * one

@@ -1,6 +1,5 @@
 """The tree as timm models: the block protocol, its blocks, and the families. Importing it registers them."""
 from ..version import check_timm
-from . import hne_from_timm as hne_from_timm  # registers it
 
 check_timm()  # before the modules below import what an older timm has not
 

@@ -17,7 +17,7 @@ __all__ = ['NOISE', 'build_model', 'fit_weights', 'grow_nodes', 'grow_weights', 
 
 # Where weights come from, in a cfg.
 SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
-NOISE = 0.05  # of a copy, relative to the root mean square of the tensor
+NOISE = 0.3  # of a copy, relative to the root mean square of the tensor; benchmarks/branching.py
 
 
 def build_model(
