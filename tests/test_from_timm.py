@@ -15,7 +15,7 @@ import torch.nn as nn
 from test_cut import FAMILIES, REFUSED, create
 from test_hub import results_of
 from test_trainer import make_images
-from timm.models import _registry, get_pretrained_cfg
+from timm.models import _registry, get_pretrained_cfg, group_parameters
 
 import timm_hne
 from timm_hne.__main__ import main
@@ -92,6 +92,10 @@ def test_the_first_member_is_the_model(family):
     """On real numbers where that takes a moment, by names and shapes elsewhere."""
     device = 'meta' if family in SLOW else 'cpu'
     model = create(FAMILIES[family], device=device).eval()
+    if device != 'meta':
+        for p in model.parameters():  # some start with a head of zeros, whose logits would be equal
+            if not p.any():
+                torch.nn.init.normal_(p, std=0.02)
     ensemble = timm_hne.hierarchize(model, ensemble_size=2)
     assert ensemble.ensemble_size == 2 and ensemble.nodes[0] == 1
     first = path_state(ensemble, 0)
@@ -347,11 +351,13 @@ def test_by_name_and_its_arguments(base):
 @small_bases
 def test_dropout_and_drop_path_act_in_training_only(base):
     for kwargs in (dict(drop_rate=0.5), dict(drop_path_rate=0.5)):
-        ensemble = by_name(base, **kwargs)
+        ensemble, model = by_name(base, **kwargs), make_base(base, **kwargs)
         x = images(ensemble, 8)
         with torch.no_grad():
             assert torch.equal(ensemble.eval()(x), ensemble(x))
-            assert not torch.equal(ensemble.train()(x), ensemble(x))
+            base_drops = not torch.equal(model.train()(x), model(x))  # not all drop paths
+            assert torch.equal(ensemble.train()(x), ensemble(x)) == (not base_drops)
+        assert base_drops or 'drop_path_rate' in kwargs
 
 
 def test_pooling_and_image_size():
@@ -395,10 +401,11 @@ def test_copies_and_files(base, tmp_path):
     file.seek(0)
     path = tmp_path / 'model.safetensors'
     safetensors.torch.save_file(ensemble.state_dict(), path)
-    rebuilt = timm.create_model(NAME, num_classes=10, **ensemble._model_args, init='copy')
+    given = dict(num_classes=10, img_size=ensemble.pretrained_cfg['input_size'][1:], **ensemble._model_args)
+    rebuilt = timm.create_model(NAME, **given, init='copy')
     rebuilt.load_state_dict(safetensors.torch.load_file(path))
     loaded = timm.create_model(
-        NAME, pretrained=True, num_classes=10, pretrained_cfg_overlay=dict(file=str(path)), **ensemble._model_args)
+        NAME, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **given)
     others = [
         copy.deepcopy(ensemble), pickle.loads(pickle.dumps(ensemble)), torch.load(file, weights_only=False), rebuilt,
         loaded]
@@ -421,6 +428,26 @@ def test_only_what_decays_in_the_base_decays(base):
         name for name, _ in model.named_parameters() if name in skipped}
 
 
+@every_base
+def test_learning_rates_by_depth_and_frozen_weights(base):
+    ensemble = timm_hne.hierarchize(make_base(base), tree_for(base, 2, 4))
+    groups = group_parameters(ensemble, ensemble.group_matcher(), reverse=True)
+    assert set(groups) == {name for name, _ in ensemble.named_parameters()}
+    depths = [groups[name] for name, _ in ensemble.named_parameters()]  # registered in the order of the data
+    assert depths == sorted(depths) and len(set(depths)) == len(ensemble.blocks) + any(
+        True for _ in ensemble.heads.parameters())
+    ensemble.requires_grad_(False)
+    ensemble.reset_classifier(4)
+    trained = {name for name, p in ensemble.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith(ensemble.classifier_names) for name in trained)
+
+
+@small_bases
+def test_features_are_taken_by_getter_only(base):
+    with pytest.raises(ValueError, match=r'feature_cls .*list'):
+        by_name(base, features_only=True, feature_cls='list')
+
+
 # Weights
 
 
@@ -432,7 +459,8 @@ def trained_base(tmp_path, monkeypatch):
     safetensors.torch.save_file(model.state_dict(), path)
     cfg = get_pretrained_cfg('test_resnet')
     cfg = replace(cfg, file=str(path), label_names=[f'thing {i}' for i in range(1000)])
-    monkeypatch.setitem(_registry._model_pretrained_cfgs, f'test_resnet.{cfg.tag}', cfg)
+    for name in ('test_resnet', f'test_resnet.{cfg.tag}'):
+        monkeypatch.setitem(_registry._model_pretrained_cfgs, name, cfg)
     return model, path
 
 

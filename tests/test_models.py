@@ -24,7 +24,10 @@ from timm_hne.tree import node_span, prefixes
 
 NAMES = timm.list_models('hne_*')
 SMALL = ['hne_resnet50_c8', 'hne_mobilenetv2_075_e4']  # one of each family
+# A tree of timm's stages has a head for each member, and no layer of ours: tests/test_from_timm.py.
+BRANCHED = [name for name in NAMES if name != 'hne_from_timm']
 every_model = pytest.mark.parametrize('name', NAMES)
+every_branched = pytest.mark.parametrize('name', BRANCHED)
 every_family = pytest.mark.parametrize('name', SMALL)
 BAD_NUM_MEMBERS = [
     (0, ValueError), (-1, ValueError), (99, ValueError), (True, TypeError), (2.0, TypeError), ('2', TypeError),
@@ -289,7 +292,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_model
+@every_branched
 def test_the_full_path_replicates_nothing_and_no_path_copies_weights(name):
     model = create(name)
     x = images(model)
@@ -318,7 +321,7 @@ def test_the_full_path_replicates_nothing_and_no_path_copies_weights(name):
 # timm's contract.
 
 
-@every_model
+@every_branched
 def test_features_and_head(name):
     model = create(name)
     x = images(model)
@@ -337,7 +340,7 @@ def test_features_and_head(name):
             torch.testing.assert_close(logits, model.forward_members(x, n)[:, m], rtol=1e-4, atol=1e-4)
 
 
-@every_model
+@every_branched
 def test_reset_classifier(name):
     model = create(name, dtype=torch.float64)
     x = images(model, dtype=torch.float64)
@@ -390,7 +393,7 @@ def test_a_pooling_that_does_not_fit_the_hidden_layer_leaves_the_model_as_it_was
     torch.testing.assert_close(model(x), expected)
 
 
-@every_model
+@every_branched
 def test_frozen_weights_stay_frozen(name):
     model = timm.create_model(name, device='meta').requires_grad_(False)
     model.reset_classifier(4)
@@ -439,7 +442,7 @@ def test_concatenated_poolings_widen_the_classifier(name):
     assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.head_hidden_size)
 
 
-@every_model
+@every_branched
 @pytest.mark.parametrize('feature_cls', ['getter', 'list', None])
 def test_features_only(name, feature_cls):
     kwargs = {} if feature_cls is None else {'feature_cls': feature_cls}
@@ -522,7 +525,7 @@ def test_prune_intermediate_layers(name):
         assert all(p.grad is not None for p in pruned.parameters())
 
 
-@every_model
+@every_branched
 def test_a_pruned_model_is_a_smaller_ensemble(name):
     model = create(name, num_members=3)
     x = images(model)
@@ -583,7 +586,7 @@ def test_every_parameter_gets_a_gradient(name):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@every_model
+@every_branched
 @pytest.mark.parametrize('coarse', [False, True])
 def test_group_matcher_orders_parameters_by_depth(name, coarse):
     model = timm.create_model(name, device='meta')
@@ -599,7 +602,7 @@ def test_group_matcher_orders_parameters_by_depth(name, coarse):
     assert len({group['lr_scale'] for group in decayed}) > 3
 
 
-@every_model
+@every_branched
 def test_only_weights_decay(name):
     model = timm.create_model(name, device='meta')
     assert model.no_weight_decay() == set()
@@ -626,7 +629,7 @@ def test_nodes_and_members_start_different(name):
     assert distances.min() > 0.01 * members.std()
 
 
-@every_model
+@every_branched
 def test_init_weights_sets_everything(name):
     model = timm.create_model(name, num_classes=5, device='meta').to_empty(device='cpu').eval()
     with torch.no_grad():
@@ -694,7 +697,7 @@ def test_bad_drop_path(name, value, error):
         timm.create_model(name, drop_path_rate=value, device='meta')
 
 
-@every_model
+@every_branched
 def test_device_and_dtype_arguments(name):
     model = timm.create_model(name, device='meta', dtype=torch.float64)
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -705,7 +708,7 @@ def test_device_and_dtype_arguments(name):
         assert model(images(model, device='meta', dtype=torch.float64), n).shape == (2, 3)
 
 
-@every_model
+@every_branched
 def test_channels_last(name):
     model = create(name)
     x = images(model, size=(64, 64))
@@ -756,7 +759,7 @@ def shallow(monkeypatch):
     monkeypatch.setattr(HNEMobileNetV2, 'stages', (((24, 2), (24, 1)), ((24, 2),), ((48, 2), (72, 1)), ((120, 2),)))
 
 
-@every_model
+@every_branched
 def test_torchscript(name):
     model = create(name, num_members=2)
     scripted = torch.jit.script(model)

@@ -205,8 +205,8 @@ def test_freed_memory_is_kept_for_the_next_tensors():
         import resource, torch
         from timm_hne.process import keep_freed_memory
         keep_freed_memory()
-        for repeat in range(8):
-            if repeat == 3:
+        for repeat in range(13):
+            if repeat == 8:
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.ones(16 << 20)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)

@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 import argparse
 
+import yaml
 from timm.utils import ParseKwargs
 
 from ..checks import check_integer
@@ -20,9 +21,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, in_chans: bool = False)
 
 
 class _Arguments(ParseKwargs):
-    """Reads NAME=VALUE ... as timm's scripts do."""
+    """Reads NAME=VALUE ... as timm's scripts do, or a YAML mapping."""
 
     def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) == 1 and values[0].startswith('{'):
+            try:
+                setattr(namespace, self.dest, yaml.safe_load(values[0]))
+            except yaml.YAMLError as error:
+                parser.error(f'argument {option_string}: {values[0]!r} is not YAML: {" ".join(str(error).split())}')
+            return
         for value in values:
             if '=' not in value:
                 parser.error(f'{option_string} takes NAME=VALUE, such as base=resnet50 nodes=1,1,2,4,8, got {value!r}')
@@ -33,7 +40,7 @@ def add_model_kwargs(parser: argparse.ArgumentParser, default: object = None) ->
     """Add `--model-kwargs NAME=VALUE ...`, which holds any argument of a model."""
     parser.add_argument(
         '--model-kwargs', nargs='*', default=default, action=_Arguments, metavar='NAME=VALUE',
-        help='further arguments of the model, e.g. base=resnet50 nodes=1,1,2,4,8')
+        help='further arguments of the model, e.g. base=resnet50 nodes=1,1,2,4,8, or one YAML mapping')
 
 
 def model_kwargs(args: argparse.Namespace) -> dict:

@@ -326,7 +326,8 @@ def fit_weights(
         fitted.update({f'{name}.{key}': tensor for key, tensor in joined.items()})
 
     missing, unexpected = target.keys() - fitted.keys() - left_out, fitted.keys() - target.keys()
-    if missing and all(name.startswith('blocks.') for name in missing) and any(map(int.__lt__, nodes, model.nodes)):
+    fewer = any(map(int.__lt__, nodes, model.nodes))
+    if fewer and missing and all(name.startswith(('blocks.', 'heads.')) for name in missing):
         missing = set()  # of nodes, which is said below
     if missing or unexpected:
         raise ValueError(

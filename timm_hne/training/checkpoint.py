@@ -113,10 +113,9 @@ class RunCheckpoint:
 
     @classmethod
     def _read_metadata(cls, path: Path, argument: str = 'checkpoint') -> 'RunCheckpoint':
-        if not zipfile.is_zipfile(path):
-            raise ValueError(
-                f'{argument} {path} cannot be read: it is no checkpoint of PyTorch 1.6 or later, or is cut off')
         try:
+            if not zipfile.is_zipfile(path):
+                raise ValueError('it is no checkpoint of PyTorch 1.6 or later, or is cut off')
             content = dict(load_checkpoint_metadata(str(path)))
             args = content.get('args') or {}
             args = dict(args if isinstance(args, Mapping) else vars(args))
