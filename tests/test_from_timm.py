@@ -351,13 +351,12 @@ def test_by_name_and_its_arguments(base):
 @small_bases
 def test_dropout_and_drop_path_act_in_training_only(base):
     for kwargs in (dict(drop_rate=0.5), dict(drop_path_rate=0.5)):
-        ensemble, model = by_name(base, **kwargs), make_base(base, **kwargs)
+        # Not as initialised: a path that is zero is dropped without a trace.
+        ensemble = naive.randomize(by_name(base, **kwargs))
         x = images(ensemble, 8)
         with torch.no_grad():
             assert torch.equal(ensemble.eval()(x), ensemble(x))
-            base_drops = not torch.equal(model.train()(x), model(x))  # not all drop paths
-            assert torch.equal(ensemble.train()(x), ensemble(x)) == (not base_drops)
-        assert base_drops or 'drop_path_rate' in kwargs
+            assert not torch.equal(ensemble.train()(x), ensemble(x))
 
 
 def test_pooling_and_image_size():
@@ -511,16 +510,16 @@ def test_growing(name, tmp_path):
             name, nodes=nodes, num_classes=5, pretrained=True,
             pretrained_cfg_overlay=dict(file=str(path), num_classes=5), **kwargs).eval()
         by_file = timm.create_model(name, nodes=nodes, num_classes=5, **kwargs).eval()
-        RunCheckpoint.read(path).load_into(by_file)
+        RunCheckpoint.read(path).load_into(by_file, noise=0.05)
         with torch.no_grad():
             expected = small.forward_members(x)
             for grown in (by_timm, by_file):
                 logits = grown.forward_members(x)
                 torch.testing.assert_close(logits[:, 0], expected[:, 0])
                 assert all(not torch.equal(logits[:, i], logits[:, j]) for i in range(nodes[-1]) for j in range(i))
-                for member, m in enumerate(parent):  # near the member that it comes from
-                    distances = (logits[:, member, None] - expected).norm(dim=-1).sum(0)
-                    assert distances.argmin() == m or nodes == (2, 2, 2, 2, 2)
+            for member, m in enumerate(parent):  # with little noise, near the member that it comes from
+                distances = (logits[:, member, None] - expected).norm(dim=-1).sum(0)
+                assert distances.argmin() == m or nodes == (2, 2, 2, 2, 2)
     larger = timm.create_model(name, nodes=(1, 1, 1, 1, 3), num_classes=5, **kwargs)
     before = copy.deepcopy(larger.state_dict())
     with pytest.raises(ValueError, match=r'nodes=\(1, 1, 1, 1, 2\).*nodes=\(1, 1, 1, 1, 3\).*multiple'):

@@ -200,4 +200,4 @@ class ReplicatedEnsemble(HierarchicalEnsemble):
         self.num_classes = num_classes
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return dict(stem=r'^blocks\.0\.', blocks=[(r'^blocks\.(\d+)', None), (r'^heads\.', (99999,))])
+        return dict(stem=r'^blocks\.0\.', blocks=r'^blocks\.(\d+)')  # the heads come last
