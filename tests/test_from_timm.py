@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 from dataclasses import replace
 
 import naive
@@ -30,8 +31,13 @@ NAME = 'hne_from_timm'
 BASES = ['test_resnet', 'test_vit', 'test_convnext', 'xcit_nano_12_p8_224']
 every_base = pytest.mark.parametrize('base', BASES)
 small_bases = pytest.mark.parametrize('base', BASES[:3])
-# Seconds each, or images of 384 pixels and more. The others are executed.
-SLOW = set()
+# More than a second each on one core. Their members are compared by names and shapes only.
+SLOW = {
+    'beit', 'byoanet', 'convmixer', 'csatv2', 'davit', 'deepseek_vit', 'focalnet', 'hiera', 'hieradet_sam2',
+    'inception_resnet_v2', 'inception_v3', 'inception_v4', 'mobilenetv5', 'mvitv2', 'naflexvit', 'nasnet', 'nest',
+    'nextvit', 'pnasnet', 'qwen3_vit', 'rdnet', 'res2net', 'sequencer', 'swin_transformer', 'swin_transformer_v2',
+    'swin_transformer_v2_cr', 'tresnet', 'vgg', 'vitamin', 'volo', 'xception', 'xception_aligned',
+}
 
 
 @pytest.fixture(autouse=True)
@@ -226,8 +232,9 @@ def test_init(base, init):
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in path_state(ensemble, 0).items())
     with torch.no_grad():
-        logits = ensemble.eval().forward_members(images(model))
-        assert torch.equal(logits[:, 0], model.eval()(images(model))) or init
+        x = images(model)
+        logits = ensemble.eval().forward_members(x)
+        assert torch.equal(logits[:, 0], model.eval()(x))
     distances = [(a - b).abs().max().item() for i, a in enumerate(logits.unbind(1)) for b in logits.unbind(1)[:i]]
     assert (max(distances) == 0) if init == 'copy' else (min(distances) > 0)
 
@@ -611,17 +618,29 @@ def test_an_instance_is_published_with_the_arguments_of_its_base(tmp_path):
     assert loaded.taps == ensemble.taps
 
 
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    """A published folder without digests."""
+    torch.manual_seed(0)
+    ensemble, _ = make_ensemble('test_convnext')
+    ensemble.pretrained_cfg['input_size'] = (3, 32, 32)
+    folder = tmp_path_factory.mktemp('published') / 'net'
+    timm_hne.publish(ensemble, 'a/net', results_of(ensemble), dict(epochs=1), folder=folder, dry_run=True)
+    (folder / 'SHA256SUMS').unlink()
+    return folder
+
+
+def test_a_published_config_that_was_not_changed(published):
+    assert timm.create_model(f'local-dir:{published}', pretrained=True).base == 'test_convnext'
+
+
 @pytest.mark.parametrize('changes', [
     {'base_args': {'pretrained': True}}, {'base_args': {'checkpoint_path': '/etc/passwd'}},
     {'base_args': {'pretrained_cfg_overlay': {'file': '/etc/passwd'}}}, {'base_pretrained': True},
     {'cache_dir': '/tmp/elsewhere'}, {'base': 'hne_resnet50_c8'}, {'base': 'hf-hub:alice/other'}, {'base': 'test_vit'},
 ])
-def test_a_published_config_cannot_ask_for_files_or_other_models(changes, tmp_path):
-    ensemble, _ = make_ensemble('test_convnext')
-    ensemble.pretrained_cfg['input_size'] = (3, 32, 32)
-    folder = tmp_path / 'net'
-    timm_hne.publish(ensemble, 'a/net', results_of(ensemble), dict(epochs=1), folder=folder, dry_run=True)
-    (folder / 'SHA256SUMS').unlink()
+def test_a_published_config_cannot_ask_for_files_or_other_models(changes, published, tmp_path):
+    folder = shutil.copytree(published, tmp_path / 'net')
     config = json.loads((folder / 'config.json').read_text())
     config['model_args'].update(changes)
     (folder / 'config.json').write_text(json.dumps(config))
@@ -672,7 +691,6 @@ def test_bad_names_and_arguments(kwargs, error, message):
 
 def test_fresh_nodes_need_a_base_that_timm_can_make():
     model = make_base('test_resnet')
-    model.layer3 = nn.Sequential(model.layer3, nn.Conv2d(96, 96, 1)) if False else model.layer3
     model.fc = nn.Linear(model.fc.in_features, 10, bias=False)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r'fresh.*test_resnet'):
