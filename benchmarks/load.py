@@ -21,6 +21,7 @@ from common import add_subject, describe_machine, load_subject, machine, markdow
 
 from timm_hne import AdaptiveRunner, optimize_for_inference
 from timm_hne.inference.runner import Overloaded
+from timm_hne.process import keep_freed_memory
 
 
 def arrival_times(rates: list[float], seconds: list[float]) -> list[float]:
@@ -47,7 +48,9 @@ def drive(
     """Send one request at each arrival time; return what became of each."""
     records: list[dict] = []
     futures = []
-    with AdaptiveRunner(model, target, tuple(images.shape[1:]), max_batch_size=32, max_queue=512, **bounds) as runner:
+    with AdaptiveRunner(
+            model, target, tuple(images.shape[1:]), max_batch_size=32, max_queue=512, freeze_garbage=True, **bounds,
+    ) as runner:
         pending = threading.Semaphore(0)
         start = time.monotonic()
         for i, arrival in enumerate(arrivals):
@@ -137,6 +140,7 @@ def main() -> None:
     parser.add_argument('--output', type=Path, default=Path('output/load'))
     args = parser.parse_args()
 
+    keep_freed_memory()
     model, images, classes = load_subject(args)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # an image folder is sorted
     images, classes = images[order], classes[order]

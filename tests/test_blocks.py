@@ -2,6 +2,7 @@
 import naive
 import pytest
 import timm
+import tiny
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -17,19 +18,8 @@ TREES = [(1, 2, 4, 8, 16), (1, 1, 1, 3, 3), (2, 2, 4, 4, 8), (3, 3, 3, 3, 3), (1
 every_tree = pytest.mark.parametrize('nodes', TREES, ids=str)
 
 
-class Head(nn.Module):
-    """Average pooling and a linear classifier."""
-
-    def __init__(self, features: int, num_classes: int):
-        super().__init__()
-        self.classifier = nn.Linear(features, num_classes)
-
-    def forward(self, x, pre_logits=False):
-        x = x.mean((2, 3))
-        return x if pre_logits else self.classifier(x)
-
-    def get_classifier(self):
-        return self.classifier
+class Head(tiny.Head):
+    """A head whose classifier can be replaced."""
 
     def reset_classifier(self, num_classes, global_pool=None):
         features = self.classifier.weight.shape[1]

@@ -242,3 +242,18 @@ def test_command(tmp_path, capsys):
     assert network.manifest['latency']['latency_ms'] == {'1': {'1': 2.5}}
     x = images(2, 16)
     assert_like(network.predict(x.numpy()), model(x))
+
+
+def test_command_with_the_first_members_only(tmp_path, capsys):
+    torch.manual_seed(0)
+    kwargs = dict(nodes=(1, 1, 1, 2, 4), num_classes=3)
+    model = timm.create_model('hne_resnet50_c8', **kwargs).eval()
+    torch.save({'state_dict': model.state_dict(), 'arch': 'hne_resnet50_c8', 'epoch': 0}, tmp_path / 'last.pth.tar')
+    for schedule in ((1, 3), (2,)):
+        folder = tmp_path / str(schedule[-1])
+        main(['export', 'hne_resnet50_c8', '--checkpoint', str(tmp_path / 'last.pth.tar'), '--output', str(folder),
+              '--num-members', *map(str, schedule)])
+        network, x = runtime.load(folder), images(2, 32)
+        assert network.schedule == schedule
+        for n, logits in zip(schedule, network.anytime(x.numpy())):
+            assert_like(logits, model(x, n))

@@ -226,9 +226,9 @@ def test_other_classes_under_the_same_numbers(options, tmp_path):
 
 
 @pytest.mark.parametrize(('values', 'message'), [
-    ({'in_memory': True}, 'in_memory must be false for the streamed data set'),
-    ({'unreadable': 'error'}, "unreadable must be skip for the streamed .* passes over what it cannot read, got error"),
-    ({'num_workers': 0}, 'num_workers must be at least 1 for the streamed data set'),
+    ({'in_memory': True}, r'in_memory .* false .* True\.$'),
+    ({'unreadable': 'error'}, r'unreadable .* skip .* error\.$'),
+    ({'num_workers': 0}, r'num_workers .* at least 1.* 0\.$'),
     ({'num_workers': 3}, 'fewer batches than it announced; there must not be more num_workers'),
 ])
 def test_streams(options, values, message, monkeypatch):

@@ -16,7 +16,8 @@ from .arguments import add_model_arguments, input_size, model_kwargs
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, in_chans=True)
-    parser.add_argument('--num-members', type=int, nargs='+', help='numbers of members; 1, 2, 4, ..., N by default')
+    parser.add_argument('--num-members', type=int, nargs='+',
+                        help='numbers of members; 1, 2, 4, ..., N by default. Weights of later members are left out')
     parser.add_argument('--format', choices=['folder', *FORMATS], default='folder',
                         help='a folder for timm_hne.runtime, or one file per number of members for other software')
     parser.add_argument('--output', type=Path, metavar='DIR',
@@ -50,9 +51,12 @@ def run(args: argparse.Namespace) -> None:
     if args.format != 'folder':
         _export_files(args, model, image_size)
         return
+    schedule = validate_schedule(args.num_members, model.ensemble_size)
+    if schedule[-1] < model.ensemble_size:
+        model = model.extract(schedule[-1])
     output = args.output or Path(safe_model_name(args.name))
     manifest = export_folder(
-        model, output, image_size, args.num_members, data_config,
+        model, output, image_size, schedule, data_config,
         None if args.threshold is None else ExitPoint(args.threshold, None, None, None),
         args.criterion,
         None if args.latency_table is None else LatencyTable.load(args.latency_table, other_hardware=True),
