@@ -1,7 +1,9 @@
+import logging
 import os
 import shutil
 import tempfile
 
+import pytest
 import torch
 from hub_server import hub  # noqa: F401
 
@@ -20,3 +22,15 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if hasattr(config, 'programs'):
         shutil.rmtree(config.programs, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """Undo what commands set up for their process: handlers that write to the standard error of one test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            root.removeHandler(handler)
+    root.setLevel(level)
