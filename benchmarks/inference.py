@@ -26,6 +26,7 @@ from paper import PaperNetwork
 from timm_hne import HierarchicalEnsemble, optimize_for_inference, quantize
 from timm_hne.evaluation.cost import member_macs
 from timm_hne.inference.engines import engines_for
+from timm_hne.process import keep_freed_memory
 from timm_hne.tree import prefixes
 
 Section = tuple[list[str], list[list[object]], dict]
@@ -70,8 +71,6 @@ def headline(model: HierarchicalEnsemble, args: argparse.Namespace) -> Section:
     (`timm_hne.process.keep_freed_memory`), which holds for the whole process. 'of dense' is the share of the rate of
     the fastest float32 dense product here, so 8 bits may have more than all of it.
     """
-    from timm_hne.process import keep_freed_memory
-
     paper = PaperNetwork(model).eval()
     alone = {
         batch_size: paired_medians({'': wait(paper, images(model, batch_size, args))}, args.repeats, warmup=2)['']
@@ -248,7 +247,7 @@ def alternatives(model: HierarchicalEnsemble, args: argparse.Namespace) -> Secti
         results[batch_size] = medians
         for name, seconds in medians.items():
             engine = name.removeprefix(f'{size} separate, ')
-            base = medians.get(engine, min(medians[name] for name in ours))
+            base = medians[engine if engine in ours else min(ours, key=medians.get)]
             rows.append([f'{name}, batch {batch_size}', f'{1000 * seconds:.1f}', f'{seconds / base:.2f}'])
     return [f'{size} members', 'ms', 'times the ensemble on this engine, or on the fastest'], rows, results
 
@@ -275,6 +274,8 @@ def main() -> None:
     torch.manual_seed(0)  # the programs of one section serve the next run
     model = timm.create_model(args.model).to(args.device).eval()
     for section in args.sections:
+        if section != 'headline':  # whose first row is by itself
+            keep_freed_memory()
         with torch.no_grad():
             header, rows, results = SECTIONS[section](model, args)
         table = f'{inspect.getdoc(SECTIONS[section])}\n\n{describe_machine()}\n\n{markdown_table(header, rows)}'
