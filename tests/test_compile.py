@@ -107,10 +107,10 @@ def test_a_later_failure_of_the_compiler_is_survived_too(monkeypatch):
     model, size = tiny_ensemble(), 8
 
     def compile(function, options):
-        def program(x):
+        def program(x, *rest):
             if x.shape[-1] != size:
                 raise NotImplementedError('cannot compile this')
-            return function(x)
+            return function(x, *rest)
         return program
 
     monkeypatch.setattr(torch, 'compile', compile)
@@ -129,11 +129,11 @@ def test_a_lack_of_memory_is_not_a_lack_of_a_compiler(monkeypatch):
     model, attempts = tiny_ensemble(), []
 
     def compile(function, options):
-        def program(x):
+        def program(*frontier):
             attempts.append(1)
             if len(attempts) == 2:
                 raise torch.OutOfMemoryError('no memory left')
-            return function(x)
+            return function(*frontier)
         return program
 
     monkeypatch.setattr(torch, 'compile', compile)

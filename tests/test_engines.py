@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
+from test_early_exit import undecided
 from test_inference import images, small_mobilenet, small_resnet
 from test_optimize import assert_like
 from tiny import tiny_ensemble
@@ -59,7 +60,7 @@ def test_the_families_and_an_extracted_prefix(create, size):
 
 def test_a_tree_of_timms_stages():
     torch.manual_seed(0)
-    model = timm.create_model('hne_from_timm', base='test_resnet', nodes=(1, 1, 1, 1, 1, 2), num_classes=5).eval()
+    model = timm.create_model('hne_from_timm', base='test_resnet', nodes=(1, 1, 1, 1, 2), num_classes=5).eval()
     x = images(2, 32)
     fast = optimize_for_inference(model, engine='onnxruntime')
     assert_like(fast(x), model(x))
@@ -97,9 +98,10 @@ def test_each_weight_is_in_one_step():
 
 
 def test_early_exit_and_an_empty_batch():
-    model, x = tiny_ensemble((1, 3, 6), 'replicated'), images(9)
+    x = images(24)
+    model = undecided(x, (1, 2, 4))
     fast = optimize_for_inference(model, engine='onnxruntime')
-    expected, found = (early_exit(form, x, 0.25) for form in (model, fast))
+    expected, found = (early_exit(form, x, 0.35) for form in (model, fast))
     assert len(expected.num_members.unique()) > 1, 'the case is too easy'
     assert torch.equal(found.num_members, expected.num_members)
     assert_like(found.logits, expected.logits)
