@@ -16,7 +16,7 @@ from ..models.ensemble import HierarchicalEnsemble
 from .engines import ENGINES, Engine, check_engine
 from .folding import folded
 from .optimize import OptimizedEnsemble
-from .programs import Program, ProgramStore, frontier_tensors, make_program
+from .programs import Program, ProgramStore, frontier_tensors
 
 _BATCH = 32
 ENGINE_NAMES = ('openvino', 'onnxruntime')
@@ -44,8 +44,9 @@ class QuantizedEnsemble(OptimizedEnsemble):
     def _make(self, name: str) -> Engine:
         images = self.calibration_images
         salt = hashlib.sha256(Path(__file__).read_bytes() + images.numpy().tobytes()).hexdigest()
+        plain = ProgramStore(self.model)
         store = ProgramStore(
-            self.model, lambda model, *step: quantized_program(make_program(model, *step), model, *step, images), salt)
+            self.model, lambda model, *step: quantized_program(plain.get(*step), model, *step, images), salt)
         return ENGINES[name](self.model, store)
 
 
