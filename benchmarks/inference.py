@@ -61,9 +61,13 @@ def forms(model: HierarchicalEnsemble, args: argparse.Namespace) -> dict[str, Op
              for name in ('openvino', 'onnxruntime') if name in engines(args)]
     named = {}
     for form in made:
-        for batch_size in args.batch_sizes:
-            form(images(model, batch_size, args))
-        named[form.mode] = form
+        try:
+            for batch_size in args.batch_sizes:
+                form(images(model, batch_size, args))
+        except RuntimeError as error:
+            print(f'{form.mode} is left out: {error}')
+        else:
+            named[form.mode] = form
     return named
 
 
@@ -245,9 +249,10 @@ def alternatives(model: HierarchicalEnsemble, args: argparse.Namespace) -> Secti
             calls['torch-uncertainty deep_ensembles'] = wait(deep_ensembles([single] * size).eval(), x)
         medians = paired_medians(calls, args.repeats)
         results[batch_size] = medians
+        fastest = min(medians[name] for name in ours)
+        same = {*ours, *(f'{size} separate, {name}' for name in ours)}
         for name, seconds in medians.items():
-            engine = name.removeprefix(f'{size} separate, ')
-            base = medians.get(engine, min(medians[name] for name in ours))
+            base = medians[name.removeprefix(f'{size} separate, ')] if name in same else fastest
             rows.append([f'{name}, batch {batch_size}', f'{1000 * seconds:.1f}', f'{seconds / base:.2f}'])
     return [f'{size} members', 'ms', 'times the ensemble on this engine, or on the fastest'], rows, results
 

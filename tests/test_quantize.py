@@ -10,7 +10,7 @@ from tiny import tiny_ensemble
 import timm_hne
 from timm_hne.inference import LatencyTable, early_exit, programs, quantize
 from timm_hne.inference.folding import folded
-from timm_hne.inference.quantize import quantized_program
+from timm_hne.inference.quantize import _left_in_float, quantized_program
 
 
 @pytest.fixture(scope='module')
@@ -48,6 +48,14 @@ def test_a_step_is_in_8_bits_and_calibrated_with_its_own_features(calibration):
 
     large = quantized_program(plain, model, 1, 2, (8, 8), 10 * calibration)
     assert scale(large) > 2 * scale(small)
+
+
+def test_what_openvino_cannot_compute_stays_in_float(calibration):
+    """Several groups of channels that are no multiple of 16."""
+    for channels, excluded in ((16, False), (24, True)):
+        model = folded(tiny_ensemble((1, 2, 4), channels=channels))
+        plain = onnx.load_from_string(programs.ProgramStore(model).get(0, 4, (8, 8)).data)
+        assert bool(_left_in_float(plain)) == excluded
 
 
 def test_the_rest_of_the_interface(calibration):
