@@ -25,7 +25,10 @@ from paper import PaperNetwork
 
 from timm_hne import HierarchicalEnsemble, optimize_for_inference, quantize
 from timm_hne.evaluation.cost import member_macs
+from timm_hne.inference import OptimizedEnsemble
 from timm_hne.inference.engines import engines_for
+from timm_hne.inference.folding import folded
+from timm_hne.inference.programs import ProgramStore, frontier_tensors
 from timm_hne.process import keep_freed_memory
 from timm_hne.tree import prefixes
 
@@ -51,16 +54,20 @@ def engines(args: argparse.Namespace) -> list[str]:
     return [name for name in found if not args.engines or name in args.engines]
 
 
-def forms(model: HierarchicalEnsemble, args: argparse.Namespace, example: torch.Tensor | None = None) -> dict:
+def forms(model: HierarchicalEnsemble, args: argparse.Namespace) -> dict[str, OptimizedEnsemble]:
     """Return the model in the form of each engine, and in 8 bits, by the names of what really ran."""
     made = [optimize_for_inference(model, engine=name) for name in engines(args)]
     made += [quantize(model, images(model, 32, args), engine=name)
              for name in ('openvino', 'onnxruntime') if name in engines(args)]
     named = {}
     for form in made:
-        for batch_size in args.batch_sizes:
-            form(images(model, batch_size, args) if example is None else example)
-        named[form.mode] = form
+        try:
+            for batch_size in args.batch_sizes:
+                form(images(model, batch_size, args))
+        except RuntimeError as error:
+            print(f'{form.mode} is left out: {error}')
+        else:
+            named[form.mode] = form
     return named
 
 
@@ -154,9 +161,6 @@ def plot_scaling(results: dict, path: Path) -> None:
 def limits(model: HierarchicalEnsemble, args: argparse.Namespace) -> Section:
     """Where ONNX Runtime spends its time on all members, by its own profiler, one thread, kinds of operators apart."""
     import onnxruntime
-
-    from timm_hne.inference.folding import folded
-    from timm_hne.inference.programs import ProgramStore, frontier_tensors
 
     plain = folded(model)
     store, schedule = ProgramStore(plain), prefixes(model.ensemble_size)

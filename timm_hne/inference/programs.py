@@ -87,7 +87,7 @@ class _Step(nn.Module):
         leaves, self.structure = tree_flatten(frontier)
         self.present = [leaf is not None for leaf in leaves]
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # one argument: PyTorch 2.9 fails at *tensors
         remaining = iter(tensors)
         frontier = tree_unflatten([next(remaining) if present else None for present in self.present], self.structure)
         logits, frontier = advance(self.model, frontier, self.start, self.stop)
@@ -156,7 +156,7 @@ def _write(model: HierarchicalEnsemble, start: int, stop: int, image_size: tuple
     shapes = tuple({0: torch.export.Dim.DYNAMIC, **(_free_axes(tensor) if free else {})} for tensor in named.values())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # PyTorch's exporter warns of itself
-        exported = torch.export.export(step, tuple(named.values()), dynamic_shapes=(shapes,))
+        exported = torch.export.export(step, (tuple(named.values()),), dynamic_shapes=(shapes,))
         onnx_program = torch.onnx.export(
             exported, input_names=list(named), output_names=list(output_names(tuple(new))), dynamo=True,
             verbose=False, optimize=False)

@@ -55,8 +55,13 @@ class ProgramEngine(Engine):
         if start == 0:
             frontier = tuple(frontier[0].shape[2:]), {'images': frontier[0].float()}
         image_size, features = frontier
-        program, run = self._program(start, stop, image_size)
-        outputs = run([features[name].contiguous().numpy() for name in program.inputs])
+        try:
+            program, run = self._program(start, stop, image_size)
+            outputs = run([features[name].contiguous().numpy() for name in program.inputs])
+        except Exception as error:
+            raise RuntimeError(
+                f"engine {self.name!r} cannot take the step from {start} to {stop} members: {error}. PyTorch's own "
+                "engines, 'inductor' and 'eager', run whatever the model does.") from error
         new = dict(zip(program.new, map(torch.from_numpy, outputs)))
         features = {**features, **new}
         return new['logits'], (image_size, {name: features[name] for name in program.frontier})
