@@ -25,6 +25,7 @@ def short_demo(monkeypatch):
 def test_demo_leaves_all_it_names(short_demo, tmp_path, capsys):
     main(['demo', '--output', str(tmp_path)])
     output = capsys.readouterr().out
+    assert ' s. Accuracy on' in output
     for name in ('model.safetensors', 'accuracy.png', 'results.json', 'summary.csv'):
         assert str(tmp_path / name) in output
         assert (tmp_path / name).stat().st_size > 0
@@ -57,4 +58,5 @@ def test_interrupted_demo_leaves_no_half_written_file(short_demo, stage, tmp_pat
 
     monkeypatch.setattr(demo, stage, real)
     main(['demo', '--output', str(tmp_path)])  # goes on where it was
+    assert ' s for what was left of an interrupted run, after 1 of 1 epochs. Accuracy' in capsys.readouterr().out
     assert (tmp_path / 'accuracy.png').read_bytes().startswith(b'\x89PNG')

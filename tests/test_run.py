@@ -288,6 +288,28 @@ def test_other_scripts_run_as_they_are(script, capsys):
     assert 'unrecognized arguments: --hne-alpha' in capsys.readouterr().err
 
 
+COUNT = '''
+import logging
+
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+
+logging.basicConfig(level=logging.WARNING)
+model = timm.create_model('hne_resnet50_c8', num_members=1).eval()
+print('MACs', FlopCountAnalysis(model, torch.ones(1, 3, 32, 32)).by_operator()['conv'])
+logging.getLogger('fvcore.nn.jit_analysis').warning('something else')
+'''
+
+
+def test_counting_warns_of_no_modules(script):
+    """As benchmark.py counts."""
+    done = python('-m', 'timm_hne', 'run', script(COUNT))
+    assert done.returncode == 0, done.stderr
+    assert 'never called' not in done.stderr and 'something else' in done.stderr
+    assert done.stdout == f'MACs {13_077_760 - 10 * 128}\n'
+
+
 def test_command_line(script, tmp_path):
     output = tmp_path / 'result.yaml'
     done = python('-m', 'timm_hne', 'run', script(TRAIN), '--model', HNE, '--output', str(output))

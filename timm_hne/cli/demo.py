@@ -85,7 +85,10 @@ def run(args: argparse.Namespace) -> None:
     figure = args.output / 'accuracy.png'
     write_file(figure, lambda path: plot_accuracy(rows, path))
     write_text(args.output / 'results.json', json.dumps(rows, indent=1) + '\n')
+    # A run that was interrupted goes on where it was, and these are the seconds of the rest.
+    done = config.epochs - len(result.history)
+    rest = f' for what was left of an interrupted run, after {done} of {config.epochs} epochs' if done else ''
     print(
-        f'\n{time.perf_counter() - started:.0f} s. Accuracy on 360 held-out digits; latency for one image on this '
-        f'machine;\ndiversity: standard deviation of the logits over the members.\n\n'
+        f'\n{time.perf_counter() - started:.0f} s{rest}. Accuracy on 360 held-out digits; latency for one image on '
+        f'this machine;\ndiversity: standard deviation of the logits over the members.\n\n'
         f'weights  {weights}\nplot     {figure}\nresults  {args.output / "results.json"}\nlog      {result.summary}')

@@ -52,5 +52,7 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
 def run(args: argparse.Namespace) -> None:
     """Train."""
     logging.basicConfig(level=logging.INFO, format='%(message)s')
+    # It lists the checkpoints by a metric that ours are not kept by, hence None.
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
     result = train(read_config(args), keep_memory=True)
     print(f'checkpoint {result.checkpoint}, log {result.summary}')
