@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ from ..models.ensemble import HierarchicalEnsemble
 from ..prefix import prefix_means
 from ..process import keep_freed_memory
 from ..tree import prefixes
-from .checkpoint import CheckpointWriter, RunCheckpoint
+from .checkpoint import CheckpointWriter, RunCheckpoint, recipe_of
 from .epoch_losses import EpochLosses, NonFiniteLossError
 from .loader import create_image_loader, seed_epoch
 from .recipe import TrainConfig
@@ -35,6 +35,7 @@ from .scheduler import create_scheduler
 from .setup import create_trained_model, open_data
 from .summary import Summary
 from .task import HNETask
+from .trackers import BestCheckpoint
 
 __all__ = ['NonFiniteLossError', 'TrainConfig', 'TrainResult', 'train']
 
@@ -181,7 +182,10 @@ class _Run:
         if rank == 0:
             self.writer = CheckpointWriter(
                 self.output_dir, model, self.task, self.optimizer, self.scaler, config, label_names, checkpoint)
-            self.summary = Summary(self.output_dir, self.start_epoch)
+            self.summary = Summary(self.output_dir, self.start_epoch, config.log, recipe_of(asdict(config)))
+            self.best = BestCheckpoint(config.best_members, self.summary.rows)
+            if not getattr(config, 'phases', ()):  # a tree that grows has more members later
+                self.best.check(self.model.ensemble_size)
 
     def run(self) -> TrainResult:
         history = []
@@ -314,3 +318,4 @@ class _Run:
         self.summary.add(epoch, row, metrics, self.optimizer.param_groups[0]['lr'])
         # Last, so that a run that is killed in between repeats the epoch and drops its row.
         self.writer.save(epoch)
+        self.best.save(epoch, self.writer.last)
