@@ -1,6 +1,6 @@
 """A newcomer's day, in a fresh environment that is made from the wheel: a line for every thing that is tried.
 
-    python tests/newcomer.py [--keep FOLDER] [--extra PACKAGE ...] [--timm CLONE]
+    python tests/newcomer.py [--keep FOLDER] [--extra PACKAGE ...] [--skip WORDS ...] [--timm CLONE]
 
 Builds the wheel from this checkout, installs it with its extras into a new virtual environment in a folder elsewhere,
 and works there with what pip has brought: no file of the checkout is on Python's path. What needs a package or a clone
@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import time
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,17 +130,18 @@ STEPS = [
 def main() -> None:
     """Make the environment, try everything, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--keep', type=Path, metavar='FOLDER', help='work there, and leave it (else a temporary one)')
+    parser.add_argument('--keep', type=Path, metavar='FOLDER', help='work there, in its environment if it has one')
     parser.add_argument('--extra', nargs='*', default=[], metavar='PACKAGE', help='install these too, e.g. fastai')
+    parser.add_argument('--skip', nargs='*', default=[], metavar='WORDS', help='leave out the lines with these words')
     parser.add_argument('--timm', type=Path, metavar='CLONE', help='folder of a clone of timm, for its scripts')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.keep or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        sys.exit(1 if try_all(folder, args.extra, args.timm) else 0)
+        sys.exit(1 if try_all(folder, args.extra, args.skip, args.timm) else 0)
 
 
-def try_all(folder: Path, extra: list[str], clone: Path | None) -> int:
+def try_all(folder: Path, extra: list[str], skip: list[str], clone: Path | None) -> int:
     """Return how many steps failed."""
     work = folder / 'work'
     work.mkdir(exist_ok=True)
@@ -159,16 +161,12 @@ def try_all(folder: Path, extra: list[str], clone: Path | None) -> int:
             print(textwrap.indent('\n'.join(output.splitlines()[-8:]), '    '), flush=True)
         return not good
 
-    failed, started = 0, time.perf_counter()
-    venv.create(folder / 'venv', with_pip=True, clear=True)
-    failed += report('the wheel', run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', str(folder),
-                                       str(ROOT)]), started)
-    wheel, = folder.glob('*.whl')
-    started = time.perf_counter()
-    python = str(bin / 'python')
-    packages = [f'{wheel}[demo,plots,export]', 'transformers', 'segmentation_models_pytorch', *extra]
-    failed += report('a fresh environment', run([python, '-m', 'pip', 'install', '-q', *packages]), started)
+    failed, started, python = 0, time.perf_counter(), str(bin / 'python')
+    if not (folder / 'venv').exists():
+        failed += install(folder, python, extra, run, report)
     for name, what, needs, *words in STEPS:
+        if any(part in name for part in skip):
+            continue
         found = needs is None or (
             clone is not None if needs == 'timm clone' else not run([python, '-c', f'import {needs}']).returncode)
         if not found:
@@ -180,6 +178,19 @@ def try_all(folder: Path, extra: list[str], clone: Path | None) -> int:
         else:
             done = run([word.replace('CLONE', str(clone)) for word in what.split()])
         failed += report(name, done, started, *words)
+    return failed
+
+
+def install(folder: Path, python: str, extra: list[str], run: Callable, report: Callable) -> int:
+    """Build the wheel and install it into a new environment; return how much of this failed."""
+    failed, started = 0, time.perf_counter()
+    venv.create(folder / 'venv', with_pip=True, clear=True)
+    failed += report('the wheel', run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', str(folder),
+                                       str(ROOT)]), started)
+    wheel, = folder.glob('*.whl')
+    started = time.perf_counter()
+    packages = [f'{wheel}[demo,plots,export]', 'transformers', 'segmentation_models_pytorch', *extra]
+    failed += report('a fresh environment', run([python, '-m', 'pip', 'install', '-q', *packages]), started)
     return failed
 
 
