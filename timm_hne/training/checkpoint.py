@@ -27,7 +27,10 @@ __all__ = ['FREE_KEYS', 'CheckpointWriter', 'RunCheckpoint', 'load_checkpoint', 
 _logger = logging.getLogger(__name__)
 
 # Keys of a recipe that may change when a run is continued: they say where and how it runs, not what it computes.
-FREE_KEYS = ('data_dir', 'output_dir', 'resume', 'download', 'num_workers', 'device', 'log_interval', 'progress')
+FREE_KEYS = (
+    'data_dir', 'output_dir', 'resume', 'download', 'num_workers', 'device', 'log', 'best_members', 'log_interval',
+    'progress',
+)
 
 # What a run knows about its images, in the names of timm's `resolve_data_config`.
 _DATA_KEYS = ('img_size', 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')

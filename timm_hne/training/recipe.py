@@ -11,6 +11,7 @@ import yaml
 
 from ..models.weights import NOISE
 from .losses import OBJECTIVES
+from .trackers import LOGS
 
 __all__ = ['RECIPES', 'TrainConfig', 'image_preparation', 'in_phase', 'read_recipe']
 
@@ -20,13 +21,14 @@ RECIPES = Path(__file__).parents[1] / 'recipes'
 _RUN_KEYS = (
     'dataset', 'data_dir', 'train_split', 'val_split', 'val_fraction', 'max_train_images', 'num_classes', 'download',
     'unreadable', 'in_memory', 'in_chans', 'crop_pct', 'mean', 'std', 'model', 'pretrained', 'initial_checkpoint',
-    'phases', 'seed', 'device', 'output_dir', 'resume',
+    'phases', 'seed', 'device', 'output_dir', 'resume', 'log', 'best_members',
 )
 
 # Keys, what their values must be, and the test of each number. A key without a value is always in range.
 _RANGES = (
     (
-        ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'max_train_images', 'num_classes', 'img_size'),
+        ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'max_train_images', 'num_classes', 'img_size',
+         'best_members'),
         'at least 1', lambda x: x >= 1,
     ),
     (('num_workers', 'crop_padding', 'seed'), 'at least 0', lambda x: x >= 0),
@@ -120,6 +122,8 @@ class TrainConfig:
     sync_bn: bool = False  # normalise over all processes
     output_dir: str = 'output'  # checkpoints and logs
     resume: bool = False  # continue the run in `output_dir`, if there is one
+    log: str | None = None  # beside the CSV file: 'tensorboard' (also if None), 'wandb', 'mlflow'; or 'csv'
+    best_members: int | None = None  # keep the best checkpoint by the accuracy of so many members: model_best.pth.tar
     log_interval: int = 20  # updates between two looks at the losses
     progress: bool = True  # show a progress bar
 
@@ -131,10 +135,12 @@ class TrainConfig:
             'sched': ('cosine', 'multistep', 'constant', 'cyclic'),
             'unreadable': ('error', 'skip'),
             'amp_dtype': ('bfloat16', 'float16'),
+            'log': (None, *LOGS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {getattr(self, name)!r}.')
+                named = ', '.join(filter(None, allowed))
+                raise ValueError(f'{name} must be one of {named}, got {getattr(self, name)!r}.')
         for names, allowed, fits in _RANGES:
             for name in names:
                 value = getattr(self, name)

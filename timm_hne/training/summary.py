@@ -1,12 +1,14 @@
-"""The log of a run: a row of a CSV file for every epoch, and TensorBoard's events if it is installed."""
+"""The log of a run: a row of a CSV file for every epoch, and what else follows it (`trackers.py`)."""
 import csv
 import io
 import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..files import write_text
+from .trackers import open_tracker
 
 __all__ = ['Summary']
 
@@ -22,11 +24,14 @@ class Summary:
     Args:
         folder: Output folder of the run.
         start_epoch: Epoch that comes next. Later rows, of epochs that no checkpoint has, are dropped.
+        log: What follows the run besides, see `open_tracker`.
+        config: What that records of the run.
     """
 
     NAME = 'summary.csv'
 
-    def __init__(self, folder: Path, start_epoch: int):
+    def __init__(
+            self, folder: Path, start_epoch: int, log: str | None = None, config: Mapping[str, Any] | None = None):
         self.path = folder / self.NAME
         self.rows = self._read(start_epoch)
         missing = [str(epoch) for epoch in range(start_epoch) if epoch not in self.rows]
@@ -34,12 +39,7 @@ class Summary:
             _logger.warning(
                 f'{self.path} {"lacks rows" if self.path.exists() else "does not exist, so there are no rows"} of '
                 f'{len(missing)} epochs: {", ".join(missing[:10])}. The run goes on without them.')
-        self.tensorboard = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(str(folder), purge_step=start_epoch)
-        except ImportError:
-            pass
+        self.tracker = open_tracker(log, folder, start_epoch, config or {})
 
     def _read(self, start_epoch: int) -> dict[int, dict[str, str]]:
         """Read the rows of the epochs before `start_epoch`."""
@@ -98,8 +98,6 @@ class Summary:
             'lr': lr,
         }
         self._write(self.rows)
-        if self.tensorboard is not None:
+        if self.tracker is not None:
             values = {**{f'train/{k}': v for k, v in train.items()}, **{f'eval/{k}': v for k, v in evaluated.items()}}
-            for name, value in {**values, 'lr': lr}.items():
-                self.tensorboard.add_scalar(name, value, epoch)
-            self.tensorboard.flush()
+            self.tracker.add(epoch, {**values, 'lr': lr})

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ from ..models.ensemble import HierarchicalEnsemble
 from ..prefix import prefix_means
 from ..process import keep_freed_memory
 from ..tree import prefixes
-from .checkpoint import CheckpointWriter, RunCheckpoint
+from .checkpoint import CheckpointWriter, RunCheckpoint, recipe_of
 from .epoch_losses import EpochLosses, NonFiniteLossError
 from .loader import create_image_loader, seed_epoch
 from .recipe import TrainConfig
@@ -36,6 +36,7 @@ from .scheduler import create_scheduler
 from .setup import create_trained_model, open_data
 from .summary import Summary
 from .task import HNETask
+from .trackers import BestCheckpoint
 
 __all__ = ['NonFiniteLossError', 'TrainConfig', 'TrainResult', 'train']
 
@@ -214,7 +215,10 @@ class _Phase:
         if rank == 0:
             self.writer = CheckpointWriter(
                 self.output_dir, model, self.task, self.optimizer, self.scaler, recorded, label_names, checkpoint)
-            self.summary = Summary(self.output_dir, self.start_epoch)
+            self.summary = Summary(self.output_dir, self.start_epoch, whole.log, recipe_of(asdict(whole)))
+            self.best = BestCheckpoint(whole.best_members, self.summary.rows)
+            if start + config.epochs == whole.epochs:  # a tree that grows has more members later
+                self.best.check(self.model.ensemble_size)
 
     def run(self, history: list[dict[str, float]]) -> TrainResult:
         """Train the epochs that are left, and add a row for each to the history."""
@@ -347,3 +351,4 @@ class _Phase:
         self.summary.add(epoch, row, metrics, self.optimizer.param_groups[0]['lr'])
         # Last, so that a run that is killed in between repeats the epoch and drops its row.
         self.writer.save(epoch)
+        self.best.save(epoch, self.writer.last)
