@@ -37,7 +37,7 @@ from timm_hne.training.setup import open_data
 from timm_hne.training.trainer import train
 from timm_hne.tree import prefixes
 
-NOISES = (0.05, 0.3)
+WAYS = ('copy', 'fresh', 'perturb 0.05', 'perturb 0.3')
 BLOCKS = 5  # of the ResNets, whose stem is a block of its own
 
 
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=10000, help='training images (default: %(default)s)')
     parser.add_argument('--base-epochs', type=int, default=8)
     parser.add_argument('--epochs', type=int, default=3, help='of the tree (default: %(default)s)')
+    parser.add_argument('--ways', nargs='+', default=WAYS, help="'copy', 'fresh', 'perturb NOISE' (default: all four)")
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     nodes, size = tuple(args.nodes), args.nodes[-1]
@@ -115,8 +116,10 @@ def main() -> None:
     base_run = recipe(args, 'base', (1,) * BLOCKS, args.base_epochs)
     train(base_run, keep_memory=True)
     base = base_of(RunCheckpoint.read(args.runs / 'base' / 'last.pth.tar').create_model())
-    ways = {'copy': dict(init='copy'), 'fresh': dict(init='fresh')}
-    ways |= {f'perturb {noise}': dict(init='perturb', noise=noise) for noise in NOISES}
+    ways = {}
+    for way in args.ways:
+        init, *noise = way.split()
+        ways[way] = {'init': init, **({'noise': float(noise[0])} if noise else {})}
     runs = {}
     for name, how in ways.items():
         start = args.runs / f'{name}.safetensors'
@@ -167,8 +170,9 @@ def to_markdown(report: dict, ways: list[str]) -> str:
         return markdown_table(['', 'epochs', *(f'n = {n}' for n in points), 'Std', 'M MACs, all'], rows)
 
     best = best_way(runs, ways)
+    options = ' '.join(f'--{key.replace("_", "-")} {settings[key]}' for key in ('images', 'base_epochs', 'epochs'))
     return (
-        f'`python benchmarks/branching.py`, {report["machine"]}: {settings["base"]}, nodes '
+        f'`python benchmarks/branching.py {options}`, {report["machine"]}: {settings["base"]}, nodes '
         f'{tuple(settings["nodes"])}, {settings["images"]:,} images of CIFAR-10 at 32x32, one seed. A step takes '
         f'the tree {seconds["tree"] / seconds["base"]:.1f} times and independent networks '
         f'{seconds["independent"] / seconds["base"]:.1f} times as long as the base.\n\n'

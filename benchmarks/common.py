@@ -52,6 +52,9 @@ def load_subject(args: argparse.Namespace) -> tuple[HierarchicalEnsemble, torch.
 def paired_times(callables: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
     """Time callables in turn, so that a change in the machine's speed meets all of them alike.
 
+    Before each timed call there is one that is not: the caches are then those of a process that does only this, and no
+    thread of another library still waits for work.
+
     Args:
         callables: What to time, by name. On an accelerator each must wait for its own result.
         repeats: Number of timed rounds.
@@ -63,6 +66,7 @@ def paired_times(callables: dict[str, Callable[[], Any]], repeats: int, warmup: 
     seconds: dict[str, list[float]] = {name: [] for name in callables}
     for repeat in range(-warmup, repeats):
         for name, function in callables.items():
+            function()
             start = time.perf_counter()
             function()
             elapsed = time.perf_counter() - start

@@ -107,7 +107,7 @@ def dense_rate(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> 
     a, b = (torch.randn(2048, 2048, device=args.device, dtype=dtype) for _ in range(2))
     x = torch.randn(128, 512, 16, 16, device=args.device, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(512, 512, 1, 1, device=args.device, dtype=dtype).to(memory_format=torch.channels_last)
-    # Both do 2^33 multiply-accumulates. By themselves: they would leave the caches cold for what is timed after them.
+    # Both do 2^33 multiply-accumulates.
     calls = {'matmul': wait(torch.matmul, a, b), 'conv2d': wait(torch.nn.functional.conv2d, x, weight)}
     return 2 ** 33 / min(paired_medians(calls, min(args.repeats, 5), warmup=2).values())
 
