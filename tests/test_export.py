@@ -84,9 +84,9 @@ def test_a_program_that_differs_is_not_left_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('kwargs, error, words', [
-    (dict(num_members=0), ValueError, 'num_members must be from 1 to 4'),
+    (dict(num_members=0), ValueError, 'num_members .*1 .*4.* 0'),
     (dict(num_members='1'), TypeError, 'num_members'),
-    (dict(format='tflite'), ValueError, "format must be one of onnx, torch.export, got 'tflite'"),
+    (dict(format='tflite'), ValueError, "format .*onnx, torch.export.*'tflite'"),
     (dict(input_size=(1, 8, 8)), ValueError, 'input_size'),
 ])
 def test_export_refuses(tmp_path, kwargs, error, words):

@@ -334,7 +334,7 @@ def test_pruned(base):
         torch.testing.assert_close(pruned(x), features)
         pruned.train()(x).sum().backward()
         assert all(p.grad is not None for p in pruned.parameters())
-        with pytest.raises(ValueError, match='heads were removed'):
+        with pytest.raises(ValueError, match='num_classes=3'):
             pruned.reset_classifier(3)
 
 
@@ -372,7 +372,7 @@ def test_pooling_and_image_size():
     model.load_state_dict(path_state(ensemble, 0))
     x = images(ensemble, size=64)
     torch.testing.assert_close(ensemble(x, 1), model(x))
-    assert ensemble.model_args['global_pool'] == 'max' or ensemble._model_args['global_pool'] == 'max'
+    assert ensemble.model_args['global_pool'] == 'max'
     ensemble = by_name('test_vit', img_size=(48, 32))
     assert ensemble.pretrained_cfg['input_size'] == (3, 48, 32)
     assert ensemble(torch.randn(2, 3, 48, 32)).shape == (2, 5)
@@ -407,7 +407,7 @@ def test_copies_and_files(base, tmp_path):
     file.seek(0)
     path = tmp_path / 'model.safetensors'
     safetensors.torch.save_file(ensemble.state_dict(), path)
-    given = dict(num_classes=10, img_size=ensemble.pretrained_cfg['input_size'][1:], **ensemble._model_args)
+    given = dict(num_classes=10, img_size=ensemble.pretrained_cfg['input_size'][1:], **ensemble.model_args)
     rebuilt = timm.create_model(NAME, **given, init='copy')
     rebuilt.load_state_dict(safetensors.torch.load_file(path))
     loaded = timm.create_model(
@@ -466,7 +466,7 @@ def trained_base(tmp_path, monkeypatch):
     cfg = get_pretrained_cfg('test_resnet')
     cfg = replace(cfg, file=str(path), label_names=[f'thing {i}' for i in range(1000)])
     for name in ('test_resnet', f'test_resnet.{cfg.tag}'):
-        monkeypatch.setitem(_registry._model_pretrained_cfgs, name, cfg)
+        monkeypatch.setitem(_registry._model_pretrained_cfgs, name, cfg)  # timm registers with the model only
     return model, path
 
 
@@ -658,12 +658,12 @@ def test_a_published_config_cannot_ask_for_files_or_other_models(changes, publis
     (dict(nodes=12345), TypeError, 'nodes'),
     (dict(ensemble_size=0), ValueError, 'ensemble_size'),
     (dict(ensemble_size=2.), TypeError, 'ensemble_size'),
-    (dict(init='random'), ValueError, "init must be one of copy, perturb, fresh, got 'random'"),
+    (dict(init='random'), ValueError, "init .*copy, perturb, fresh.* 'random'"),
     (dict(init=None), ValueError, 'init'),
     (dict(noise=-1), ValueError, 'noise'),
     (dict(seed=-1), ValueError, 'seed'),
     (dict(taps=9), ValueError, 'taps'),
-    (dict(taps=('layer1', 'fc')), ValueError, 'test_resnet.*fc is not executed'),
+    (dict(taps=('layer1', 'fc')), ValueError, 'test_resnet.* fc '),
 ])
 def test_bad_arguments_leave_the_model_as_it_is(kwargs, error, message):
     model = make_base('test_resnet')
@@ -676,7 +676,7 @@ def test_bad_arguments_leave_the_model_as_it_is(kwargs, error, message):
 @pytest.mark.parametrize('kwargs, error, message', [
     (dict(base='resnet9000'), ValueError, 'resnet9000'),
     (dict(base=3), TypeError, 'base.*3'),
-    (dict(base='hne_resnet50_c8'), ValueError, 'no hierarchical ensemble already'),
+    (dict(base='hne_resnet50_c8'), ValueError, 'base .*hne_resnet50_c8'),
     (dict(base_args=[1]), TypeError, 'base_args'),
     (dict(base_args=dict(num_classes=3)), ValueError, 'num_classes'),
     (dict(base_pretrained=True), TypeError, 'pretrained'),

@@ -174,11 +174,11 @@ def test_calibrated_confidence(scale):
 
 
 @pytest.mark.parametrize('shape, target, message', [
-    ((2, 3), [0, 0], r'must have the shape \(B, 3, C\)'),
-    ((2, 4, 5), [0, 0], r'must have the shape \(B, 3, C\)'),
-    ((2, 3, 5), [0], r'target must have the shape \(2,\)'),
-    ((2, 3, 5), [0, 5], 'class 5, the model has 5 classes'),
-    ((2, 3, 5), [-1, 0], 'class -1, the model has 5 classes'),
+    ((2, 3), [0, 0], r'\(B, 3, C\).*\(2, 3\)'),
+    ((2, 4, 5), [0, 0], r'\(B, 3, C\).*\(2, 4, 5\)'),
+    ((2, 3, 5), [0], r'target .*\(2,\)'),
+    ((2, 3, 5), [0, 5], ' 5.* 5 classes'),
+    ((2, 3, 5), [-1, 0], ' -1.* 5 classes'),
 ])
 def test_input_that_does_not_fit(shape, target, message):
     with pytest.raises(ValueError, match=message):

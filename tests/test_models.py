@@ -769,7 +769,7 @@ def test_torchscript(name):
         for n in range(1, model.ensemble_size + 1):
             torch.testing.assert_close(scripted(x, n), model(x, n))
         for n in (0, model.ensemble_size + 1):
-            with pytest.raises(torch.jit.Error, match=f'num_members must be from 1 to {model.ensemble_size}, got {n}'):
+            with pytest.raises(torch.jit.Error, match=f'num_members .*1 .*{model.ensemble_size}.* {n}'):
                 scripted(x, n)
 
 
@@ -947,6 +947,6 @@ def test_one_image_trains(name):
 def test_no_image(name, shape):
     model = create(name)
     for call in (model, model.forward_members, model.forward_features, model.forward_intermediates):
-        with pytest.raises(ValueError, match=r'x must be images .*at least 1x1 pixels') as info:
+        with pytest.raises(ValueError, match=r'x .*1x1') as info:
             call(torch.randn(shape))
         assert str(list(shape)) in str(info.value)

@@ -190,7 +190,7 @@ def test_config_file(train, tmp_path):
     (['--hne-objective', 'distil'], 'invalid choice'),
     (['--hne-alpha', '1.5'], 'got 1.5'),
     (['--hne-alpha', 'half'], 'invalid float value'),
-    (['--hne-temperature', '0'], 'temperature must be above 0'),
+    (['--hne-temperature', '0'], 'temperature'),
 ])
 def test_wrong_options(train, capsys, arguments, message):
     with pytest.raises(SystemExit) as exit:
@@ -200,9 +200,9 @@ def test_wrong_options(train, capsys, arguments, message):
 
 
 @pytest.mark.parametrize(('line', 'message'), [
-    ('hne_objective: distil', 'objective must be one of independent, hierarchical'),
-    ('hne_alpha: true', 'alpha must be'),
-    ('hne_alpha: [1]', 'alpha must be'),
+    ('hne_objective: distil', 'objective'),
+    ('hne_alpha: true', 'alpha'),
+    ('hne_alpha: [1]', 'alpha'),
     ('hne_temperature: cold', 'invalid float value'),
 ])
 def test_wrong_option_in_config_file(train, tmp_path, capsys, line, message):
@@ -214,7 +214,7 @@ def test_wrong_option_in_config_file(train, tmp_path, capsys, line, message):
 
 
 def test_options_for_another_model(train):
-    with pytest.raises(SystemExit, match=r'--hne-objective, --hne-alpha can be used with .* got ResNet'):
+    with pytest.raises(SystemExit, match=r'--hne-objective, --hne-alpha .*ResNet'):
         train('--model', OTHER, '--hne-alpha', '0.5', '--hne-objective', 'independent')
 
 
@@ -226,7 +226,7 @@ def test_scripted_ensemble(train):
 
 def test_another_task(train):
     """Distilling an ensemble from a teacher warns; options that this would ignore are an error."""
-    with pytest.warns(timm_hne.training.StockTaskWarning, match='LogitDistillationTask.*HNEResNet') as caught:
+    with pytest.warns(timm_hne.training.StockTaskWarning, match=r'LogitDistillationTask.*HNEResNet') as caught:
         assert train('--model', HNE, '--distil')['task'] == 'LogitDistillationTask'
     warning, = (warning for warning in caught if warning.category is timm_hne.training.StockTaskWarning)
     assert Path(warning.filename).name == 'script.py'
@@ -252,7 +252,7 @@ def test_script_without_tasks(script, capsys, arguments):
 
 
 def test_script_of_another_version(script):
-    with pytest.raises(SystemExit, match=rf'does not fit the installed timm {timm.__version__} .*no_such_name'):
+    with pytest.raises(SystemExit, match=rf'{timm.__version__} .*no_such_name'):
         main(['run', script('from timm.utils import no_such_name\n')])
 
 

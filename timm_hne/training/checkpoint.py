@@ -46,6 +46,13 @@ def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _with_lists(value: Any) -> Any:
+    """Return a value as YAML and JSON read it back: with lists for tuples."""
+    if isinstance(value, Mapping):
+        return {key: _with_lists(entry) for key, entry in value.items()}
+    return [_with_lists(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
 @dataclass(frozen=True)
 class RunCheckpoint:
     """A checkpoint of this package's or timm's training, or weights alone.
@@ -259,7 +266,8 @@ class RunCheckpoint:
         before = {**asdict(TrainConfig()), **self.args}  # a key that is newer than the run had its default
         changed = [
             f'{name} was {before.get(name)!r} and is {value!r}'
-            for name, value in asdict(config).items() if name not in FREE_KEYS and before.get(name) != value
+            for name, value in asdict(config).items()
+            if name not in FREE_KEYS and _with_lists(before.get(name)) != _with_lists(value)
         ]
         if changed:
             raise ValueError(f'the run in {folder} cannot be continued, it differs: {"; ".join(changed)}.')
