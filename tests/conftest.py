@@ -24,6 +24,15 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.programs, ignore_errors=True)
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    """Leaves one layer of every kind in each block: compilers and exporters take their time for every layer."""
+    from timm_hne import HNEMobileNetV2, HNEResNet
+
+    monkeypatch.setattr(HNEResNet, 'stages', ((4, 2, 1), (8, 1, 2), (16, 1, 2), (16, 1, 1)))
+    monkeypatch.setattr(HNEMobileNetV2, 'stages', (((24, 2), (24, 1)), ((24, 2),), ((48, 2), (72, 1)), ((120, 2),)))
+
+
 @pytest.fixture(autouse=True)
 def own_logging():
     """Undo what commands set up for their process: handlers that write to the standard error of one test."""

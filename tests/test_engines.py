@@ -31,28 +31,29 @@ def made(monkeypatch):
     return steps
 
 
-@every_runtime
 @pytest.mark.parametrize('nodes, kind', [
     ((1, 2, 4), 'branched'), ((3, 3, 3), 'branched'), ((1, 3, 6), 'replicated'), ((1, 2), 'pairs'),
 ])
-def test_every_number_of_members_and_every_step(engine, nodes, kind):
+def test_every_number_of_members_and_every_step(nodes, kind):
+    """All engines in one test, as they read the same programs, which take their time to be made."""
     model, x = tiny_ensemble(nodes, kind), images()
-    fast = optimize_for_inference(model, engine=engine)
     numbers = {1, 3, model.ensemble_size} & set(range(1, model.ensemble_size + 1))
-    for n in sorted(numbers):
-        for batch in (x, x[:1]):
-            assert_like(fast(batch, num_members=n), model(batch, num_members=n))
-    assert_like(fast.forward_members(x), model.forward_members(x).detach())
-    for n, logits in zip(sorted(numbers), fast.anytime(x, sorted(numbers)), strict=True):
-        assert_like(logits, model(x, num_members=n))
-    assert fast.mode == engine
+    for engine in [name for name in ('onnxruntime', 'openvino') if not ENGINES[name].missing()]:
+        fast = optimize_for_inference(model, engine=engine)
+        for n in sorted(numbers):
+            for batch in (x, x[:1]):
+                assert_like(fast(batch, num_members=n), model(batch, num_members=n))
+        assert_like(fast.forward_members(x), model.forward_members(x).detach())
+        for n, logits in zip(sorted(numbers), fast.anytime(x, sorted(numbers)), strict=True):
+            assert_like(logits, model(x, num_members=n))
+        assert fast.mode == engine
 
 
 @pytest.mark.parametrize('create, size', [
     (lambda: small_resnet((1, 1, 1, 2, 2)), 16), (lambda: small_mobilenet((1, 1, 1, 2)).extract(1), 32),
     (lambda: tiny_ensemble((1, 2, 4)).extract(3), 8),
 ])
-def test_the_families_and_an_extracted_prefix(create, size):
+def test_the_families_and_an_extracted_prefix(create, size, shallow):
     model, x = create(), images(2, size)
     fast = optimize_for_inference(model, engine='onnxruntime')
     assert_like(fast(x), model(x))

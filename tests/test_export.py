@@ -132,7 +132,7 @@ def test_command(exported, tmp_path, capsys):
     assert '3 members' in capsys.readouterr().out
 
 
-def test_command_reads_the_sizes_off_the_checkpoint(tmp_path, capsys):
+def test_command_reads_the_sizes_off_the_checkpoint(tmp_path, capsys, shallow):
     torch.manual_seed(0)
     model = timm.create_model('hne_resnet50_c8', nodes=(1, 1, 1, 1, 2), num_classes=7, in_chans=1).eval()
     weights, folder = tmp_path / 'weights.pth', tmp_path / 'programs'

@@ -13,7 +13,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-from test_cut import FAMILIES, REFUSED, create
+from test_cut import FAMILIES, REFUSED, create, names
 from test_hub import results_of
 from test_trainer import make_images
 from timm.models import _registry, get_pretrained_cfg, group_parameters
@@ -94,10 +94,11 @@ def members_by_hand(ensemble, base, x):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_the_first_member_is_the_model(family):
-    """On real numbers where that takes a moment, by names and shapes elsewhere."""
+def test_every_family(family):
+    """The first member is the model, on real numbers where that takes a moment; its parts are the model's."""
     device = 'meta' if family in SLOW else 'cpu'
     model = create(FAMILIES[family], device=device).eval()
+    assert FAMILIES[family] in timm.list_models(module=family)
     if device != 'meta':
         for p in model.parameters():  # some start with a head of zeros, whose logits would be equal
             if not p.any():
@@ -110,11 +111,33 @@ def test_the_first_member_is_the_model(family):
     with torch.inference_mode():
         logits = ensemble.forward_members(x)
         assert logits.shape == (1, 2, 10)
-        if device == 'meta':
-            return
-        assert torch.equal(ensemble(x, num_members=1), model(x))
-    assert all(torch.equal(first[name], tensor) for name, tensor in model.state_dict().items())
-    assert not torch.equal(logits[:, 0], logits[:, 1])
+        if device != 'meta':
+            assert torch.equal(ensemble(x, num_members=1), model(x))
+            assert all(torch.equal(first[name], tensor) for name, tensor in model.state_dict().items())
+            assert not torch.equal(logits[:, 0], logits[:, 1])
+    assert_parts_of(ensemble, model)
+
+
+def assert_parts_of(ensemble, model):
+    """Each tensor of the model is in one part, and features are as the blocks say; all goes to the meta device."""
+    assert len(ensemble.blocks) >= 3 or type(model).__name__ == 'Nest'
+    *stages, head = parts = [part[0] for part in (*ensemble.blocks, ensemble.heads)]
+    assert set().union(*map(names, parts)) == names(model)
+    assert sum(len(names(part)) for part in parts) == len(names(model))
+
+    batch = 3
+    x = torch.empty(batch, *ensemble.pretrained_cfg['input_size'], device='meta')
+    for stage, block in zip(stages, ensemble.blocks):
+        x = stage.to('meta')(x)
+        features = (x,) if isinstance(x, torch.Tensor) else x
+        assert isinstance(features, tuple)
+        assert all(tensor.shape[0] == batch for tensor in features)
+        assert features[block.main].shape[block.channel_axis] == block.out_channels
+    assert head.to('meta')(x).shape == (batch, 10)
+    head.reset_classifier(7)
+    assert isinstance(head.get_classifier(), (nn.Module, tuple))
+    assert head(x).shape == (batch, 7)
+    assert head(x, pre_logits=True).shape == (batch, head.head_hidden_size)
 
 
 @pytest.mark.parametrize('family', REFUSED)
@@ -658,6 +681,8 @@ def test_a_published_config_cannot_ask_for_files_or_other_models(changes, publis
     (dict(nodes=12345), TypeError, 'nodes'),
     (dict(ensemble_size=0), ValueError, 'ensemble_size'),
     (dict(ensemble_size=2.), TypeError, 'ensemble_size'),
+    (dict(ensemble_size=10 ** 9), ValueError, 'ensemble_size .*1024.* 1000000000'),
+    (dict(nodes=(1, 1, 1, 1, 16384)), ValueError, 'nodes .*1024.* 16384'),
     (dict(init='random'), ValueError, "init .*copy, perturb, fresh.* 'random'"),
     (dict(init=None), ValueError, 'init'),
     (dict(noise=-1), ValueError, 'noise'),

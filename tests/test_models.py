@@ -18,7 +18,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_hne import HierarchicalEnsemble, HNEMobileNetV2, HNEResNet
+from timm_hne import HierarchicalEnsemble
 from timm_hne.models.layers import BranchedConv2d, BranchedDropPath, ConvNormAct
 from timm_hne.tree import node_span, prefixes
 
@@ -138,6 +138,7 @@ def test_bad_num_members(name, value, error):
     ((1, 2), ValueError), ((1, 2, 4, 8, 16, 32), ValueError), ((1, 2, 3, 6, 12), ValueError),
     ((2, 1, 1, 1, 1), ValueError), ((0, 1, 1, 1, 1), ValueError), ((1, 1, 1, 1, -1), ValueError),
     ((1, 1, 1, 1, 2.0), TypeError), ('12345', TypeError), (16, TypeError),
+    ((16384,) * 5, ValueError), ((1, 1, 1, 1, 10 ** 9), ValueError),
 ])
 def test_bad_nodes(nodes, error):
     with pytest.raises(error, match='nodes'):
@@ -750,13 +751,6 @@ def test_autocast(name):
 
 
 # Compilers and copies.
-
-
-@pytest.fixture
-def shallow(monkeypatch):
-    """Leaves one layer of every kind in each block: compilers take their time for every layer."""
-    monkeypatch.setattr(HNEResNet, 'stages', ((4, 2, 1), (8, 1, 2), (16, 1, 2), (16, 1, 1)))
-    monkeypatch.setattr(HNEMobileNetV2, 'stages', (((24, 2), (24, 1)), ((24, 2),), ((48, 2), (72, 1)), ((120, 2),)))
 
 
 @every_branched

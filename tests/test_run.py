@@ -1,14 +1,15 @@
 """`timm-hne run` and `--device-modules timm_hne.training`.
 
 timm's scripts are not part of its package. What they do that matters here (the names they import, the two parsers, the
-order of steps) is done by small scripts of our own; the environment variable TIMM_SCRIPTS, the path of a folder with
-timm's train.py and validate.py, adds the real ones.
+order of steps) is done by small scripts of our own. The real ones come from timm's repository, or from the folder that
+the environment variable TIMM_SCRIPTS names.
 """
 import argparse
 import os
 import runpy
 import subprocess
 import sys
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from PIL import Image
 
 import timm_hne.training
 from timm_hne.__main__ import main
+from timm_hne.files import write_file
+from timm_hne.training.checkpoint import load_checkpoint
 
 # Two parsers, the first for --config; the task bound at import; the arguments saved before anything is created.
 TRAIN = '''
@@ -394,33 +397,93 @@ def image_folder(root):
     return root
 
 
-@pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="TIMM_SCRIPTS is not set to a folder with timm's scripts")
-def test_timms_own_scripts(tmp_path):
-    scripts = Path(os.environ['TIMM_SCRIPTS'])
+@pytest.fixture
+def timm_scripts(request, monkeypatch):
+    """Folder with the train.py and validate.py of the installed timm, downloaded once: no distribution has them."""
+    monkeypatch.setattr(sys, 'argv', ['timm-hne'])
+    if 'TIMM_SCRIPTS' in os.environ:
+        return Path(os.environ['TIMM_SCRIPTS'])
+    folder = request.config.cache.mkdir(f'timm-{timm.__version__}')
+    for name in ('train.py', 'validate.py'):
+        url = f'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{timm.__version__}/{name}'
+        try:
+            if not (folder / name).exists():
+                with urllib.request.urlopen(url, timeout=10) as response:
+                    data = response.read()
+                write_file(folder / name, lambda path, data=data: path.write_bytes(data))
+        except OSError as error:
+            pytest.skip(f'TIMM_SCRIPTS names no folder with {name}, and {url} cannot be read: {error}')
+    return folder
+
+
+def test_timms_own_scripts(timm_scripts, tmp_path, capsys):
     common = [
         '--data-dir', str(image_folder(tmp_path / 'data')), '--model', HNE, '--num-classes', '2', '--img-size', '16',
         '--device', 'cpu', '--batch-size', '4', '--workers', '0', '--amp', '--amp-dtype', 'bfloat16',
         '--channels-last',
     ]
     train = [
-        '-m', 'timm_hne', 'run', str(scripts / 'train.py'), *common, '--lr', '0.05', '--warmup-epochs', '0',
+        'run', str(timm_scripts / 'train.py'), *common, '--lr', '0.05', '--warmup-epochs', '0',
         '--epochs', '2', '--output', str(tmp_path), '--experiment', 'run', '--model-ema', '--mixup', '0.2',
         '--grad-accum-steps', '2', '--hne-alpha', '0.75',
     ]
-    done = python(*train)
-    assert done.returncode == 0, done.stderr
-    assert 'alpha=0.75' in done.stderr and 'StockTaskWarning' not in done.stderr
+    main(train)
+    log = capsys.readouterr().err
+    assert 'alpha=0.75' in log and 'StockTaskWarning' not in log
     saved = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
     assert (saved['hne_objective'], saved['hne_alpha']) == ('hierarchical_codistillation', 0.75)
     checkpoint = str(tmp_path / 'run' / 'last.pth.tar')
     timm.create_model(HNE, num_classes=2, checkpoint_path=checkpoint)
 
-    done = python(*train, '--resume', checkpoint, '--epochs', '3')
-    assert done.returncode == 0, done.stderr
-    assert 'Train: 2 ' in done.stderr and 'Train: 1 ' not in done.stderr
+    main([*train, '--resume', checkpoint, '--epochs', '3'])
+    log = capsys.readouterr().err
+    assert 'Train: 2 ' in log and 'Train: 1 ' not in log
 
-    done = python(
-        '-m', 'timm_hne', 'run', str(scripts / 'validate.py'), *common, '--checkpoint', checkpoint, '--split',
-        'validation', '--model-kwargs', 'num_members=2')
-    assert done.returncode == 0, done.stderr
-    assert '"top1"' in done.stdout
+    main([
+        'run', str(timm_scripts / 'validate.py'), *common, '--checkpoint', checkpoint, '--split', 'validation',
+        '--model-kwargs', 'num_members=2'])
+    assert '"top1"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('base', ['test_vit', 'test_convnext'])
+def test_timms_own_scripts_and_a_tree_of_timms_stages(base, timm_scripts, hub, tmp_path, monkeypatch, capsys):
+    """Trained, resumed, evaluated, exported, published and loaded again."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    monkeypatch.setenv('HF_TOKEN', 'hf_alice')
+    monkeypatch.chdir(tmp_path)
+    data, checkpoint, name = str(image_folder(tmp_path / 'data')), 'out/run/last.pth.tar', 'hne_from_timm'
+    common = [
+        '--data-dir', data, '--model', name, '--model-kwargs', f'base={base}', 'nodes=1,1,1,2', '--num-classes', '2',
+        '--img-size', '32', '--device', 'cpu', '--batch-size', '4', '--workers', '0']
+    train = [
+        'run', str(timm_scripts / 'train.py'), *common, '--opt', 'adamw', '--lr', '1e-3', '--warmup-epochs', '0',
+        '--output', 'out', '--experiment', 'run']
+    main([*train, '--epochs', '1'])
+    first, _ = load_checkpoint(checkpoint)
+    capsys.readouterr()
+    main([*train, '--epochs', '2', '--resume', checkpoint])
+    log = capsys.readouterr().err
+    assert 'Train: 1 ' in log and 'Train: 0 ' not in log and 'StockTaskWarning' not in log
+    trained, config = load_checkpoint(checkpoint)
+    assert (trained.base, trained.nodes, trained.num_classes) == (base, (1, 1, 1, 2), 2)
+    assert config['hne_objective'] == 'hierarchical_codistillation'
+    changed = [
+        name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, first.state_dict()[name])]
+    assert {name.split('.')[0] for name in changed} == {'blocks', 'heads'}
+
+    main(['run', str(timm_scripts / 'validate.py'), *common, '--checkpoint', checkpoint, '--split', 'validation'])
+    assert '"top1"' in capsys.readouterr().out
+    main(['eval', '--checkpoint', checkpoint, '--data-dir', data, '--split', 'validation', '--workers', '0',
+          '--device', 'cpu', '--output', 'out/run/evaluation.json'])
+    x = torch.randn(3, 3, 32, 32)
+    expected = trained.eval()(x).detach()
+    main(['export', name, '--checkpoint', checkpoint, '--format', 'onnx', '--num-members', '2', '--output', 'programs'])
+    program, = Path('programs').glob('*.onnx')
+    session = onnxruntime.InferenceSession(program)
+    found, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+
+    main(['publish', checkpoint, '--repo-id', 'alice/net', '--dtype', 'float32'])
+    loaded = timm.create_model('hf-hub:alice/net', pretrained=True).eval()
+    assert (loaded.base, loaded.nodes) == (base, (1, 1, 1, 2))
+    torch.testing.assert_close(loaded(x), expected)

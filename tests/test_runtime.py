@@ -219,7 +219,7 @@ def test_a_folder_that_differs_is_not_written(model, tmp_path, monkeypatch):
 
 # The command.
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, shallow):
     """The image size is the checkpoint's: programs used to be for 32 pixels, whatever it was trained on."""
     torch.manual_seed(0)
     model = timm.create_model('hne_resnet50_c8', width=4, nodes=(1, 1, 1, 1, 1), num_classes=3).eval()
@@ -244,7 +244,7 @@ def test_command(tmp_path, capsys):
     assert_like(network.predict(x.numpy()), model(x))
 
 
-def test_command_with_the_first_members_only(tmp_path, capsys):
+def test_command_with_the_first_members_only(tmp_path, capsys, shallow):
     torch.manual_seed(0)
     kwargs = dict(nodes=(1, 1, 1, 2, 4), num_classes=3)
     model = timm.create_model('hne_resnet50_c8', **kwargs).eval()
