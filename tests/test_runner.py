@@ -284,16 +284,18 @@ def test_a_cancelled_request_is_not_computed(gate, runner):
 
 
 def test_a_callback_may_submit_and_shut_down(gate, runner):
-    second = []
+    second, called = [], threading.Event()
 
     def done(future):
         second.append(runner.submit(image(7)))
         runner.shutdown()
+        called.set()
 
     first = block(gate, runner)
     first.add_done_callback(done)
     gate.open.set()
     first.result(TIMEOUT)
+    assert called.wait(TIMEOUT)
     runner.shutdown()  # returns when the worker has ended
     assert second[0].result(TIMEOUT).logits[0] == 7
 
