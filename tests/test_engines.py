@@ -17,6 +17,7 @@ from timm_hne import AdaptiveRunner, LatencyTable, early_exit, optimize_for_infe
 from timm_hne.inference import engines, optimize, programs
 from timm_hne.inference.engines import ENGINES
 from timm_hne.inference.engines.onnx_programs import OnnxRuntime, OpenVINO
+from timm_hne.inference.folding import folded
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec('openvino') is None, reason='openvino is not installed')
 every_runtime = pytest.mark.parametrize('engine', ['onnxruntime', pytest.param('openvino', marks=needs_openvino)])
@@ -91,7 +92,7 @@ def test_a_network_for_one_size_is_exported_for_each():
 
 
 def test_each_weight_is_in_one_step():
-    model = tiny_ensemble((1, 2, 4), channels=16)
+    model = folded(tiny_ensemble((1, 2, 4), channels=16))  # whose programs the tests of quantisation read too
     store = programs.ProgramStore(model)
     sizes = [len(store.get(start, stop, (8, 8)).data) for start, stop in ((0, 1), (1, 2), (2, 4), (0, 4))]
     graphs = 25_000  # what a graph takes without its weights, at most

@@ -211,7 +211,7 @@ def find_input_size(meta: nn.Module, name: str, img_size: int | tuple[int, int] 
         return candidates[0]
     for candidate in candidates:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), ShapesOnly():
                 meta.eval()(torch.empty(2, *candidate, device='meta', dtype=_dtype(meta)))
             return candidate
         except Exception as failure:
