@@ -40,6 +40,8 @@ KEYS = [
     'members', 'member_top1',
 ]
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 
 def create(seed=0, **kwargs):
     torch.manual_seed(seed)
@@ -168,7 +170,7 @@ def test_pooling_among_the_model_arguments(tmp_path):
         assert torch.equal(loaded.eval()(x), model(x))
 
 
-def test_a_checkpoint_of_version_0_1():
+def test_a_checkpoint_of_version_0_1(whole):
     """Its logits were written down by that version."""
     checkpoint = RunCheckpoint.read(OLD / 'last.pth.tar')
     expected = json.loads((OLD / 'logits.json').read_text())

@@ -26,6 +26,8 @@ from timm_hne.pretrained import DigestError, packaged, state_digest
 NODES = (1, 1, 2, 4, 8)
 NAME = 'hf-hub:alice/net'
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 
 def trained_model(name='hne_resnet50_c8', **kwargs):
     """A model whose every tensor differs from its initial value."""
@@ -715,8 +717,11 @@ def test_four_processes_share_a_cache(published, tmp_path):
     code = f"""
 import multiprocessing
 import os
+import sys
 import timm
 from pathlib import Path
+
+sys.modules['timm_hne'].HNEResNet.stages = {timm_hne.HNEResNet.stages}
 
 def load(_):
     model = timm.create_model({NAME!r}, pretrained=True)

@@ -28,6 +28,8 @@ FILES = {
     'README.md', 'SHA256SUMS', 'accuracy.png', 'config.json', 'evaluation.json', 'model.safetensors', 'recipe.yaml'}
 RECIPE = dict(epochs=2, objective='hierarchical_codistillation', seed=1)
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 
 @pytest.fixture(scope='module')
 def model():
@@ -678,7 +680,7 @@ def test_stale_results_beside_a_checkpoint(alice, quick, model, run_folder, caps
     assert not alice.log
 
 
-def test_results_of_version_0_1(alice, quick, tmp_path, capsys):
+def test_results_of_version_0_1(alice, quick, whole, tmp_path, capsys):
     """They do not say which weights they are of; beside the weights, with a digest of each, they need not."""
     shutil.copytree(Path(__file__).parent / 'data/v0_1', tmp_path / 'old')
     command('old/published', '--repo-id', 'alice/net', '--dry-run')

@@ -59,7 +59,7 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def options(data_dir, tmp_path):
+def options(data_dir, tmp_path, shallow):
     """Keys of a run of seconds: a tiny ensemble on tiny images."""
     return dict(
         data_dir=str(data_dir),
@@ -147,7 +147,7 @@ def test_a_stopped_run_continues_to_the_same_losses(options, tmp_path, monkeypat
     assert rows(options['output_dir']) == expected
 
 
-def test_killed_at_any_moment(options, tmp_path):
+def test_killed_at_any_moment(options, tmp_path, whole):
     options['epochs'] = 8
     train(TrainConfig(**options))
     expected = rows(options['output_dir'])
@@ -265,7 +265,7 @@ def test_streams(options, values, message, monkeypatch):
         train(TrainConfig(**{**options, **values}))
 
 
-def test_starting_from_published_weights(options):
+def test_starting_from_published_weights(options, whole):
     options.update(
         model_kwargs={'nodes': [1, 1, 1, 2, 4]}, pretrained=True, epochs=1, lr=0., warmup_lr=0., max_train_images=8)
     model = train(TrainConfig(**options)).model
@@ -665,7 +665,7 @@ train(TrainConfig(**yaml.safe_load(sys.argv[1])))
 '''
 
 
-def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(options, tmp_path, monkeypatch):
+def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(options, whole, tmp_path, monkeypatch):
     """Two updates of plain SGD, whose weights are gradients. BatchNorm is in evaluation mode."""
     options.update(epochs=1, max_train_images=16, opt='momentum', momentum=0., weight_decay=0., sched='constant')
     with socket.socket() as free:
