@@ -629,6 +629,16 @@ def test_from_a_base_to_the_hub(base, data_dir, tmp_path, hub, monkeypatch, caps
         timm.create_model(f'local-dir:{tmp_path / "net"}', pretrained=True)
 
 
+def test_a_checkpoint_whose_images_have_another_size_than_its_model(tmp_path):
+    """As timm's `train.py --img-size` makes it of a base that takes images of any size."""
+    ensemble = by_name('test_vit', img_size=None).eval()
+    args = dict(model=NAME, img_size=32, model_kwargs=dict(base='test_vit', nodes=ensemble.nodes))
+    torch.save(dict(arch=NAME, epoch=0, state_dict=ensemble.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    loaded, config = load_checkpoint(tmp_path / 'last.pth.tar')
+    x = images(ensemble, size=config['img_size'])
+    torch.testing.assert_close(loaded.eval()(x), ensemble(x))
+
+
 def test_an_instance_is_published_with_the_arguments_of_its_base(tmp_path):
     model = make_base('test_convnext', num_classes=4, depths=(1, 1, 1, 1))
     ensemble = naive.randomize(timm_hne.hierarchize(model, (1, 1, 2), taps=('stages.0', 'stages.2', 'stages.3'))).eval()
