@@ -200,10 +200,10 @@ def test_broken_weights_are_not_saved(options, monkeypatch):
             next(task.get_trainable_module().parameters()).data.fill_(math.inf)
         update_ema(task, *args, step=step)
 
-    monkeypatch.setattr(HNETask, 'update_ema', break_them)
-    with pytest.raises(NonFiniteLossError, match=r'weight .*epoch 2.*checkpoint'):
-        train(TrainConfig(**options))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(HNETask, 'update_ema', break_them)
+        with pytest.raises(NonFiniteLossError, match=r'weight .*epoch 2.*checkpoint'):
+            train(TrainConfig(**options))
     assert [row['epoch'] for row in train(TrainConfig(**options, resume=True)).history] == [1, 2]
 
 
@@ -424,7 +424,7 @@ def test_disk_full(options, monkeypatch):
     assert 'enforce' not in str(caught.value)
     assert RunCheckpoint.read(Path(options['output_dir'], 'last.pth.tar')).epoch == 1
     assert not [path for path in Path(options['output_dir']).iterdir() if 'tmp' in path.name]
-    monkeypatch.undo()
+    monkeypatch.setattr(torch, 'save', real)
     assert [row['epoch'] for row in train(TrainConfig(**options, resume=True)).history] == [2]
 
 
