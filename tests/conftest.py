@@ -7,6 +7,15 @@ import pytest
 import torch
 from hub_server import hub  # noqa: F401
 
+from timm_hne import HNEMobileNetV2, HNEResNet
+
+WHOLE = {HNEResNet: HNEResNet.stages, HNEMobileNetV2: HNEMobileNetV2.stages}
+
+
+def make_shallow(patch):
+    patch.setattr(HNEResNet, 'stages', ((4, 2, 1), (8, 1, 2), (16, 1, 2), (16, 1, 1)))
+    patch.setattr(HNEMobileNetV2, 'stages', (((24, 2), (24, 1)), ((24, 2),), ((48, 2), (72, 1)), ((120, 2),)))
+
 
 def pytest_configure(config):
     """Give every worker of `pytest -n` its share of the processor, and the processes that it starts as well."""
@@ -22,6 +31,27 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if hasattr(config, 'programs'):
         shutil.rmtree(config.programs, ignore_errors=True)
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Leaves one layer of every kind in each block, where the number of layers is not what is tested."""
+    make_shallow(monkeypatch)
+
+
+@pytest.fixture(scope='module')
+def shallow_module():
+    """The same for all tests of a module, but those that ask for `whole`."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_shallow(patch)
+        yield
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """Gives a test of such a module the networks as they are: another process has them, or a file."""
+    for family, stages in WHOLE.items():
+        monkeypatch.setattr(family, 'stages', stages)
 
 
 @pytest.fixture(autouse=True)

@@ -169,6 +169,7 @@ def describe(path: str, file: File) -> dict:
 class Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True  # the body follows its headers without waiting for their receipt
 
     def log_message(self, *args):
         """Keep silent; `HubServer.log` has the requests."""

@@ -229,7 +229,7 @@ def test_installed_timm_with_broken_timm_hne(tmp_path):
 @pytest.mark.parametrize('version', ['1.0.30', '1.0.29.dev0', '0.9.16'])
 def test_an_older_timm_is_named_with_the_way_out(monkeypatch, version):
     monkeypatch.setattr('timm.version.__version__', version)
-    with pytest.raises(ImportError, match=rf'needs timm {NEEDED_TIMM} or later, .* {version} in .*timm-hne run SCRIPT'):
+    with pytest.raises(ImportError, match=rf'timm {NEEDED_TIMM} .* {version} .*timm-hne run'):
         check_timm()
 
 

@@ -1,17 +1,22 @@
 """The block protocol: the same network from replicated and from branched blocks, whatever is done with it."""
 import naive
+import numpy as np
 import pytest
 import timm
 import tiny
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tiny import tiny_ensemble
 
-from timm_hne import early_exit
+from timm_hne import early_exit, optimize_for_inference
 from timm_hne.evaluation import member_macs, member_params
+from timm_hne.inference import anytime, first_frontier
+from timm_hne.models.extract import extract
 from timm_hne.models.hne_resnet import HNEResNet
 from timm_hne.models.layers import BranchedConv2d
 from timm_hne.models.replicated import ReplicatedBlock, ReplicatedEnsemble
+from timm_hne.models.weights import load_grown
 from timm_hne.tree import node_span
 
 TREES = [(1, 2, 4, 8, 16), (1, 1, 1, 3, 3), (2, 2, 4, 4, 8), (3, 3, 3, 3, 3), (1, 3, 3, 6, 12), (1, 1, 1, 1, 1)]
@@ -163,6 +168,42 @@ def test_classifiers_of_replicated_members_are_replaced():
     for arguments in ((-1,), (3, '')):
         with pytest.raises(ValueError, match=str(arguments[0])):
             model.reset_classifier(*arguments)
+
+
+@pytest.mark.parametrize('x, error, words', [
+    (np.zeros((2, 16, 8, 8), np.float32), TypeError, 'ndarray'),
+    (None, TypeError, 'NoneType'),
+    (torch.zeros(2, 16, 8, 8, dtype=torch.uint8), TypeError, 'uint8'),
+    (torch.zeros(2, 12, 8, 8), ValueError, r'4 .*8 .*\[2, 12, 8, 8\]'),
+    (torch.zeros(2, 40, 8, 8), ValueError, r'4 .*8 .*\[2, 40, 8, 8\]'),
+    (torch.zeros(2, 0, 8, 8), ValueError, r'\[2, 0, 8, 8\]'),
+    (torch.zeros(2), ValueError, r'\[2\]'),
+])
+@pytest.mark.parametrize('kind', ['branched', 'replicated'])
+def test_features_that_the_head_cannot_take(kind, x, error, words):
+    model = tiny_ensemble(kind=kind)
+    with pytest.raises(error, match=f'x .*{words}'):
+        model.forward_head(x)
+    features = model.forward_features(images().float())
+    torch.testing.assert_close(model.forward_head(features), model(images().float()))
+
+
+@pytest.mark.parametrize('call', [
+    lambda model: extract(model, 1),
+    lambda model: load_grown(model, {}),
+    lambda model: first_frontier(model, images()),
+    lambda model: next(anytime(model, images())),
+])
+@pytest.mark.parametrize('model', [nn.Linear(1, 1), timm.create_model('test_resnet', device='meta'), None])
+def test_what_is_no_ensemble_is_refused(call, model):
+    with pytest.raises(TypeError, match=f'model .*{type(model).__name__}'):
+        call(model)
+
+
+def test_an_optimised_ensemble_is_not_extracted():
+    """It would be the copy of a stand-in, whose programs are of another model."""
+    with pytest.raises(TypeError, match=r'model .*OptimizedEnsemble'):
+        extract(optimize_for_inference(tiny_ensemble(), engine='eager'), 1)
 
 
 class WithBareConvolution(HNEResNet):

@@ -11,7 +11,7 @@ from timm_hne.cli import demo
 
 @pytest.fixture
 def short_demo(monkeypatch):
-    """A demo that trains for one short epoch, on a tree of two members."""
+    """A demo that trains for one short epoch, and takes each time once."""
     create_config = demo.demo_config
 
     def demo_config(output_dir):
@@ -19,7 +19,12 @@ def short_demo(monkeypatch):
         config.epochs, config.warmup_epochs, config.max_train_images = 1, 0, 96
         return config
 
+    class Once(demo.Timer):
+        def blocked_autorange(self, **kwargs):
+            return self.timeit(1)
+
     monkeypatch.setattr(demo, 'demo_config', demo_config)
+    monkeypatch.setattr(demo, 'Timer', Once)
 
 
 def test_demo_leaves_all_it_names(short_demo, tmp_path, capsys):
@@ -41,22 +46,20 @@ def test_demo_leaves_all_it_names(short_demo, tmp_path, capsys):
     assert model(digit, num_members=3).shape == (1, 10)
 
 
-@pytest.mark.parametrize('stage', ['save_file', 'plot_accuracy'])
-def test_interrupted_demo_leaves_no_half_written_file(short_demo, stage, tmp_path, monkeypatch, capsys):
-    real = getattr(demo, stage)
-
+def test_interrupted_demo_leaves_no_half_written_file(short_demo, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         args[1].write_bytes(b'half of it')
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, stage, interrupted)
-    with pytest.raises(SystemExit) as exit_info:
-        main(['demo', '--output', str(tmp_path)])
-    assert exit_info.value.code == 130
-    assert 'interrupted' in capsys.readouterr().err
-    assert not [path for path in tmp_path.iterdir() if path.read_bytes() == b'half of it']
+    for stage in ('save_file', 'plot_accuracy'):
+        with monkeypatch.context() as patch:
+            patch.setattr(demo, stage, interrupted)
+            with pytest.raises(SystemExit) as exit_info:
+                main(['demo', '--output', str(tmp_path)])
+        assert exit_info.value.code == 130
+        assert 'interrupted' in capsys.readouterr().err
+        assert not [path for path in tmp_path.iterdir() if path.read_bytes() == b'half of it']
 
-    monkeypatch.setattr(demo, stage, real)
     main(['demo', '--output', str(tmp_path)])  # goes on where it was
     assert ' s for what was left of an interrupted run, after 1 of 1 epochs. Accuracy' in capsys.readouterr().out
     assert (tmp_path / 'accuracy.png').read_bytes().startswith(b'\x89PNG')

@@ -17,6 +17,7 @@ from timm_hne import AdaptiveRunner, LatencyTable, early_exit, optimize_for_infe
 from timm_hne.inference import engines, optimize, programs
 from timm_hne.inference.engines import ENGINES
 from timm_hne.inference.engines.onnx_programs import OnnxRuntime, OpenVINO
+from timm_hne.inference.folding import folded
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec('openvino') is None, reason='openvino is not installed')
 every_runtime = pytest.mark.parametrize('engine', ['onnxruntime', pytest.param('openvino', marks=needs_openvino)])
@@ -31,28 +32,29 @@ def made(monkeypatch):
     return steps
 
 
-@every_runtime
 @pytest.mark.parametrize('nodes, kind', [
     ((1, 2, 4), 'branched'), ((3, 3, 3), 'branched'), ((1, 3, 6), 'replicated'), ((1, 2), 'pairs'),
 ])
-def test_every_number_of_members_and_every_step(engine, nodes, kind):
+def test_every_number_of_members_and_every_step(nodes, kind):
+    """All engines in one test, as they read the same programs, which take their time to be made."""
     model, x = tiny_ensemble(nodes, kind), images()
-    fast = optimize_for_inference(model, engine=engine)
     numbers = {1, 3, model.ensemble_size} & set(range(1, model.ensemble_size + 1))
-    for n in sorted(numbers):
-        for batch in (x, x[:1]):
-            assert_like(fast(batch, num_members=n), model(batch, num_members=n))
-    assert_like(fast.forward_members(x), model.forward_members(x).detach())
-    for n, logits in zip(sorted(numbers), fast.anytime(x, sorted(numbers)), strict=True):
-        assert_like(logits, model(x, num_members=n))
-    assert fast.mode == engine
+    for engine in [name for name in ('onnxruntime', 'openvino') if not ENGINES[name].missing()]:
+        fast = optimize_for_inference(model, engine=engine)
+        for n in sorted(numbers):
+            for batch in (x, x[:1]):
+                assert_like(fast(batch, num_members=n), model(batch, num_members=n))
+        assert_like(fast.forward_members(x), model.forward_members(x).detach())
+        for n, logits in zip(sorted(numbers), fast.anytime(x, sorted(numbers)), strict=True):
+            assert_like(logits, model(x, num_members=n))
+        assert fast.mode == engine
 
 
 @pytest.mark.parametrize('create, size', [
     (lambda: small_resnet((1, 1, 1, 2, 2)), 16), (lambda: small_mobilenet((1, 1, 1, 2)).extract(1), 32),
     (lambda: tiny_ensemble((1, 2, 4)).extract(3), 8),
 ])
-def test_the_families_and_an_extracted_prefix(create, size):
+def test_the_families_and_an_extracted_prefix(create, size, shallow):
     model, x = create(), images(2, size)
     fast = optimize_for_inference(model, engine='onnxruntime')
     assert_like(fast(x), model(x))
@@ -90,7 +92,7 @@ def test_a_network_for_one_size_is_exported_for_each():
 
 
 def test_each_weight_is_in_one_step():
-    model = tiny_ensemble((1, 2, 4), channels=16)
+    model = folded(tiny_ensemble((1, 2, 4), channels=16))  # whose programs the tests of quantisation read too
     store = programs.ProgramStore(model)
     sizes = [len(store.get(start, stop, (8, 8)).data) for start, stop in ((0, 1), (1, 2), (2, 4), (0, 4))]
     graphs = 25_000  # what a graph takes without its weights, at most
@@ -136,7 +138,7 @@ def test_several_threads_at_once(engine, made):
 def test_types(made):
     model, x = tiny_ensemble(), images()
     assert_like(optimize_for_inference(model, engine='onnxruntime')(x.double()), model(x))
-    with pytest.raises(ValueError, match=r'onnxruntime.*float32.*float64.*What works here: auto, inductor, eager'):
+    with pytest.raises(ValueError, match=r'onnxruntime.*float32.*float64.*auto, inductor, eager'):
         optimize_for_inference(model, engine='onnxruntime', dtype=torch.float64)
     fast = optimize_for_inference(model, engine='onnxruntime')
     assert_like(fast(x), model(x))
@@ -208,12 +210,12 @@ def test_a_copy_has_programs_of_its_own():
 
 
 def test_refused_engines(monkeypatch):
-    with pytest.raises(ValueError, match=r"engine must be one of auto, onnxruntime, .* got 'tensorrt'"):
+    with pytest.raises(ValueError, match=r"engine .*auto, onnxruntime, .*'tensorrt'"):
         optimize_for_inference(tiny_ensemble(), engine='tensorrt')
     monkeypatch.setattr(OpenVINO, 'missing', classmethod(lambda cls: ['openvino']))
-    with pytest.raises(ImportError, match=r"openvino.*pip install 'timm-hne\[openvino\]'.*What works here: auto, "):
+    with pytest.raises(ImportError, match=r"openvino.*pip install 'timm-hne\[openvino\]'.*auto, "):
         optimize_for_inference(tiny_ensemble(), engine='openvino')
-    with pytest.raises(ValueError, match=r'onnxruntime.*CPU, this one is on meta'):
+    with pytest.raises(ValueError, match=r'onnxruntime.*CPU.*meta'):
         optimize_for_inference(tiny_ensemble().to('meta'), engine='onnxruntime')
     assert engines.engines_for(torch.device('cuda'), torch.float16) == ['inductor', 'eager'] and len(ENGINES) == 4
 
@@ -262,6 +264,6 @@ def test_a_cache_that_cannot_be_written_is_done_without(cache):
 def test_a_program_that_differs_is_not_used(cache, monkeypatch):
     run = programs.Session.run
     monkeypatch.setattr(programs.Session, 'run', lambda self, inputs: [1.001 * y for y in run(self, inputs)])
-    with pytest.raises(RuntimeError, match=r'from 0 to 1 members cannot be exported .*differs from the model'):
+    with pytest.raises(RuntimeError, match=r'0 .*1 members'):
         optimize_for_inference(tiny_ensemble((1, 1)), images(), engine='onnxruntime')
     assert not list(cache.rglob('*.onnx'))

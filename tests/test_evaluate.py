@@ -40,6 +40,8 @@ KEYS = [
     'members', 'member_top1',
 ]
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 
 def create(seed=0, **kwargs):
     torch.manual_seed(seed)
@@ -135,11 +137,11 @@ def test_mixed_precision(model, batches):
 
 
 def test_evaluate_bad_input(model, batches):
-    with pytest.raises(TypeError, match='hierarchical ensemble'):
+    with pytest.raises(TypeError, match=r'model .*Flatten'):
         evaluate(torch.nn.Flatten(), batches)
     with pytest.raises(ValueError, match='no images'):
         evaluate(model, [])
-    with pytest.raises(ValueError, match=f'class {CLASSES}, the model has {CLASSES} classes'):
+    with pytest.raises(ValueError, match=f'{CLASSES}.* {CLASSES} classes'):
         evaluate(model, [(batches[0][0], torch.full((8,), CLASSES))])
 
 
@@ -168,7 +170,7 @@ def test_pooling_among_the_model_arguments(tmp_path):
         assert torch.equal(loaded.eval()(x), model(x))
 
 
-def test_a_checkpoint_of_version_0_1():
+def test_a_checkpoint_of_version_0_1(whole):
     """Its logits were written down by that version."""
     checkpoint = RunCheckpoint.read(OLD / 'last.pth.tar')
     expected = json.loads((OLD / 'logits.json').read_text())
@@ -204,24 +206,24 @@ def test_plain_weights(tmp_path, model, suffix):
     (save_file if suffix == 'safetensors' else torch.save)(model.state_dict(), path)
     loaded, config = load_checkpoint(path, NAME)
     assert loaded.nodes == NODES and config == {}
-    with pytest.raises(ValueError, match='does not say which model'):
+    with pytest.raises(ValueError, match=f'{path.name} .*model'):
         load_checkpoint(path)
 
 
 @pytest.mark.parametrize('name', ['hne_resnet50_c16', 'hne_mobilenetv2_075_e4', 'resnet18'])
 def test_checkpoint_of_another_model(tmp_path, model, name):
     path = save(tmp_path, model)
-    with pytest.raises(ValueError, match=rf'{path} is not one of {name}: ') as caught:
+    with pytest.raises(ValueError, match=f'{path} .*{name}') as caught:
         load_checkpoint(path, name)
     assert len(str(caught.value)) < 600
 
 
 def test_small_checkpoint_given_as_the_large_model(tmp_path, model):
     path = save(tmp_path, model)
-    with pytest.raises(ValueError, match=r'hne_resnet50_c16: .*blocks\.0.* of hne_resnet50_c8\.'):
+    with pytest.raises(ValueError, match=r'hne_resnet50_c16.*blocks\.0.*hne_resnet50_c8'):
         load_checkpoint(path, 'hne_resnet50_c16')
     torch.save(model.state_dict(), path)
-    with pytest.raises(ValueError, match=r'hne_resnet50_c16: .*blocks\.0'):
+    with pytest.raises(ValueError, match=r'hne_resnet50_c16.*blocks\.0'):
         load_checkpoint(path, 'hne_resnet50_c16')
 
 
@@ -230,16 +232,16 @@ def test_model_that_timm_has_not_built(batches):
 
 
 def test_checkpoint_that_cannot_be_read(tmp_path, model):
-    with pytest.raises(FileNotFoundError, match=r'does not exist: .*none\.pth'):
+    with pytest.raises(FileNotFoundError, match=r'none\.pth'):
         load_checkpoint(tmp_path / 'none.pth')
     path = save(tmp_path, model)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match='cannot be read'):
+    with pytest.raises(ValueError, match=str(path)):
         load_checkpoint(path)
     for name, content in itertools.product(('some.pth', 'some.safetensors'), (b'', b'no checkpoint', bytes(1000))):
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f'checkpoint {path} cannot be read'):
+        with pytest.raises(ValueError, match=f'checkpoint {path}'):
             load_checkpoint(path)
 
 

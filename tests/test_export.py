@@ -84,9 +84,9 @@ def test_a_program_that_differs_is_not_left_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('kwargs, error, words', [
-    (dict(num_members=0), ValueError, 'num_members must be from 1 to 4'),
+    (dict(num_members=0), ValueError, 'num_members .*1 .*4.* 0'),
     (dict(num_members='1'), TypeError, 'num_members'),
-    (dict(format='tflite'), ValueError, "format must be one of onnx, torch.export, got 'tflite'"),
+    (dict(format='tflite'), ValueError, "format .*onnx, torch.export.*'tflite'"),
     (dict(input_size=(1, 8, 8)), ValueError, 'input_size'),
 ])
 def test_export_refuses(tmp_path, kwargs, error, words):
@@ -132,7 +132,7 @@ def test_command(exported, tmp_path, capsys):
     assert '3 members' in capsys.readouterr().out
 
 
-def test_command_reads_the_sizes_off_the_checkpoint(tmp_path, capsys):
+def test_command_reads_the_sizes_off_the_checkpoint(tmp_path, capsys, shallow):
     torch.manual_seed(0)
     model = timm.create_model('hne_resnet50_c8', nodes=(1, 1, 1, 1, 2), num_classes=7, in_chans=1).eval()
     weights, folder = tmp_path / 'weights.pth', tmp_path / 'programs'

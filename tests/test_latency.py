@@ -214,7 +214,7 @@ def test_a_table_of_more_members_than_the_model_has(tmp_path):
 def test_a_tampered_table_is_refused(table, tmp_path, key, value, words):
     path = tmp_path / 'table.json'
     path.write_text(json.dumps({**vars(table), key: value}))
-    with pytest.raises(ValueError, match=f'path must be a latency table, .*{words}'):
+    with pytest.raises(ValueError, match=f'path .*{words}'):
         LatencyTable.load(path)
 
 
@@ -233,7 +233,7 @@ def test_a_table_of_a_device_that_is_not_here(table, tmp_path, device):
 def test_what_is_no_table_is_refused(tmp_path, text):
     path = tmp_path / 'table.json'
     path.write_text(text)
-    with pytest.raises(ValueError, match='path must be a latency table'):
+    with pytest.raises(ValueError, match=r'path .*table'):
         LatencyTable.load(path)
 
 

@@ -337,12 +337,12 @@ def test_integers_of_any_size(objective, dtype):
 
 
 @pytest.mark.parametrize('arguments, error, message', [
-    ({'objective': 'hierarchic'}, ValueError, r"objective must be one of independent, hierarchical, .*'hierarchic'"),
-    ({'objective': None}, ValueError, 'objective must be one of'),
+    ({'objective': 'hierarchic'}, ValueError, "objective .*independent, hierarchical, .*'hierarchic'"),
+    ({'objective': None}, ValueError, 'objective .*None'),
     ({'alpha': 1.01}, ValueError, r'alpha .* 1\.01'),
     ({'alpha': -0.1}, ValueError, 'alpha'),
     ({'alpha': math.nan}, ValueError, 'alpha'),
-    ({'alpha': '0.5'}, TypeError, r"alpha must be a number, got '0.5' of type str"),
+    ({'alpha': '0.5'}, TypeError, "alpha .*'0.5' .*str"),
     ({'alpha': True}, TypeError, 'alpha'),
     ({'alpha': None}, TypeError, 'alpha'),
     ({'temperature': 0}, ValueError, r'temperature .* 0\.$'),
@@ -350,11 +350,11 @@ def test_integers_of_any_size(objective, dtype):
     ({'temperature': math.inf}, ValueError, 'temperature'),
     ({'temperature': False}, TypeError, 'temperature'),
     ({'temperature': [2.0]}, TypeError, 'temperature'),
-    ({'criterion': 'ce'}, TypeError, 'criterion must be a module or a function'),
+    ({'criterion': 'ce'}, TypeError, "criterion .*'ce'|criterion .*str"),
     ({'criterion': JsdCrossEntropy(3)}, ValueError, 'JsdCrossEntropy'),
     ({'criterion': TwoWayLoss()}, ValueError, 'TwoWayLoss'),
-    ({'criterion': nn.CrossEntropyLoss(reduction='sum')}, ValueError, "got 'sum'"),
-    ({'criterion': BinaryCrossEntropy(reduction='none')}, ValueError, "got 'none'"),
+    ({'criterion': nn.CrossEntropyLoss(reduction='sum')}, ValueError, "criterion .*'sum'"),
+    ({'criterion': BinaryCrossEntropy(reduction='none')}, ValueError, "criterion .*'none'"),
 ])
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
@@ -362,21 +362,21 @@ def test_bad_arguments(arguments, error, message):
 
 
 @pytest.mark.parametrize('logits, target, error, message', [
-    (torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), ValueError, r'\(batch, members, classes\), got \(2, 5\)'),
+    (torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), ValueError, r'member_logits .*\(2, 5\)'),
     (torch.zeros(2, 4, 5, 1), torch.zeros(2, dtype=torch.long), ValueError, 'member_logits'),
-    (torch.zeros(2, 0, 5), torch.zeros(2, dtype=torch.long), ValueError, 'at least one image and one member'),
-    (torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.long), ValueError, r'at least one image .* \(0, 4, 5\)'),
-    (torch.zeros(2, 4, 5, dtype=torch.long), torch.zeros(2, dtype=torch.long), TypeError, 'floating point'),
-    ([[[0.0]]], torch.zeros(1, dtype=torch.long), TypeError, 'member_logits must be a tensor, got list'),
-    (torch.zeros(2, 4, 5), [0, 1], TypeError, 'target must be a tensor, got list'),
-    (torch.zeros(2, 4, 5), torch.zeros(3, dtype=torch.long), ValueError, r'target must have the shape .* got \(3,\)'),
-    (torch.zeros(2, 4, 5), torch.tensor(1), ValueError, r'target must have the shape .* got \(\)'),
-    (torch.zeros(2, 4, 5), torch.zeros(2, 4, 5), ValueError, 'target must have the shape'),
-    (torch.zeros(2, 4, 5), torch.zeros(2, 6), ValueError, 'target has 6 classes, member_logits have 5'),
-    (torch.zeros(2, 4, 5), torch.tensor([0, 7]), ValueError, 'target holds class index 7, member_logits have 5'),
-    (torch.zeros(3, 4, 5), torch.tensor([0, -100, -1]), ValueError, r'class index -1, .* have 5 classes \(0 to 4\)'),
-    (torch.zeros(2, 4, 5), torch.zeros(2), TypeError, 'integer class indices'),
-    (torch.zeros(2, 4, 5), torch.zeros(2, dtype=torch.bool), TypeError, 'integer class indices'),
+    (torch.zeros(2, 0, 5), torch.zeros(2, dtype=torch.long), ValueError, r'member_logits .*\(2, 0, 5\)'),
+    (torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.long), ValueError, r'member_logits .*\(0, 4, 5\)'),
+    (torch.zeros(2, 4, 5, dtype=torch.long), torch.zeros(2, dtype=torch.long), TypeError, 'member_logits .*int64'),
+    ([[[0.0]]], torch.zeros(1, dtype=torch.long), TypeError, 'member_logits .*list'),
+    (torch.zeros(2, 4, 5), [0, 1], TypeError, 'target .*list'),
+    (torch.zeros(2, 4, 5), torch.zeros(3, dtype=torch.long), ValueError, r'target .*\(3,\)'),
+    (torch.zeros(2, 4, 5), torch.tensor(1), ValueError, r'target .*\(\)'),
+    (torch.zeros(2, 4, 5), torch.zeros(2, 4, 5), ValueError, r'target .*\(2, 4, 5\)'),
+    (torch.zeros(2, 4, 5), torch.zeros(2, 6), ValueError, 'target .*6 .*member_logits .*5'),
+    (torch.zeros(2, 4, 5), torch.tensor([0, 7]), ValueError, 'target .*7.*member_logits .*5'),
+    (torch.zeros(3, 4, 5), torch.tensor([0, -100, -1]), ValueError, 'target .*-1.* 5 '),
+    (torch.zeros(2, 4, 5), torch.zeros(2), TypeError, 'target .*float32'),
+    (torch.zeros(2, 4, 5), torch.zeros(2, dtype=torch.bool), TypeError, 'target .*bool'),
 ])
 def test_bad_inputs(logits, target, error, message):
     with pytest.raises(error, match=message):
@@ -385,7 +385,7 @@ def test_bad_inputs(logits, target, error, message):
 
 def test_criterion_without_reduction():
     logits, target = example()
-    with pytest.raises(ValueError, match='criterion must return a mean'):
+    with pytest.raises(ValueError, match=r'criterion .*mean'):
         HNELoss(criterion=lambda x, y: F.cross_entropy(x, y, reduction='none'))(logits, target)
 
 
@@ -396,5 +396,5 @@ def test_ignore_index_of_the_criterion(ignore_index):
     assert torch.allclose(
         loss(logits, torch.tensor([0, ignore_index, 4]))['loss'],
         HNELoss('independent')(logits[[0, 2]], torch.tensor([0, 4]))['loss'])
-    with pytest.raises(ValueError, match='target holds class index -100'):
+    with pytest.raises(ValueError, match=r'target .*-100'):
         loss(logits, torch.tensor([0, -100, 4]))

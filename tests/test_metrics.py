@@ -166,7 +166,7 @@ def test_calibrated_confidence(scale):
     logits = 3 * logits  # too sure of themselves
     for n, row in enumerate(accumulate(logits, target, 64)['members'], start=1):
         mean = logits[:, :n].double().mean(1).numpy()
-        fine = np.geomspace(0.25, 8, 400)
+        fine = np.geomspace(0.25, 8, 200)
         losses = [log_loss(target, softmax(mean / temperature, axis=1), labels=range(6)) for temperature in fine]
         assert row['temperature'] == pytest.approx(fine[np.argmin(losses)], rel=0.06)
         confidence = softmax(mean / row['temperature'], axis=1).max(axis=1)
@@ -174,11 +174,11 @@ def test_calibrated_confidence(scale):
 
 
 @pytest.mark.parametrize('shape, target, message', [
-    ((2, 3), [0, 0], r'must have the shape \(B, 3, C\)'),
-    ((2, 4, 5), [0, 0], r'must have the shape \(B, 3, C\)'),
-    ((2, 3, 5), [0], r'target must have the shape \(2,\)'),
-    ((2, 3, 5), [0, 5], 'class 5, the model has 5 classes'),
-    ((2, 3, 5), [-1, 0], 'class -1, the model has 5 classes'),
+    ((2, 3), [0, 0], r'\(B, 3, C\).*\(2, 3\)'),
+    ((2, 4, 5), [0, 0], r'\(B, 3, C\).*\(2, 4, 5\)'),
+    ((2, 3, 5), [0], r'target .*\(2,\)'),
+    ((2, 3, 5), [0, 5], ' 5.* 5 classes'),
+    ((2, 3, 5), [-1, 0], ' -1.* 5 classes'),
 ])
 def test_input_that_does_not_fit(shape, target, message):
     with pytest.raises(ValueError, match=message):

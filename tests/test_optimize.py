@@ -62,10 +62,11 @@ def test_the_faster_layout_is_chosen(pretend_times):
             ({'contiguous': 1., 'channels_last': 2.}, torch.contiguous_format),
             ({'contiguous': 2., 'channels_last': 1.}, torch.channels_last),
     ):
-        fast = optimize_for_inference(model, engine='eager')
+        fast, seen = optimize_for_inference(model, engine='eager'), []
+        fast.blocks[0][0].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
         pretend_times(lambda functions, device, seconds=seconds: seconds)
         assert_like(fast(x), model(x))
-        assert fast._engine.memory_format == memory_format
+        assert seen[-1].is_contiguous(memory_format=memory_format)
         assert fast.blocks[0][0].weight.is_contiguous(memory_format=memory_format)
 
 
@@ -150,7 +151,7 @@ def test_refused_models():
     with pytest.raises(TypeError, match=r'model .*Linear'):
         optimize_for_inference(torch.nn.Linear(1, 1))
     for dtype in (torch.int8, 'bfloat16'):
-        with pytest.raises(TypeError, match='dtype must be a floating point'):
+        with pytest.raises(TypeError, match=f'dtype .*{dtype}'):
             optimize_for_inference(tiny_ensemble(), dtype=dtype)
 
 
@@ -182,19 +183,19 @@ def test_refused_calls():
     for num_members, error in ((0, ValueError), (5, ValueError), (2., TypeError)):
         with pytest.raises(error, match='num_members'):
             fast(images(), num_members=num_members)
-    with pytest.raises(ValueError, match='x must be images'):
+    with pytest.raises(ValueError, match=r'x .*\[3, 8, 8\]'):
         fast(torch.zeros(3, 8, 8))
-    with pytest.raises(ValueError, match=r'x must be images \(B, 3, H, W\)'):
+    with pytest.raises(ValueError, match=r'x .*\(B, 3, H, W\).*\[1, 1, 8, 8\]'):
         fast(torch.zeros(1, 1, 8, 8))
-    with pytest.raises(ValueError, match='cannot be trained'):
+    with pytest.raises(ValueError, match=r'mode .*False'):
         fast.train()
-    with pytest.raises(RuntimeError, match='cannot load weights; do it to the original'):
+    with pytest.raises(RuntimeError, match='load weights'):
         fast.load_state_dict({})
     for call in (
             lambda: fast.extract(1), lambda: fast.init_weights(), lambda: fast.reset_classifier(3),
             lambda: fast.prune_intermediate_layers(1),
     ):
-        with pytest.raises(RuntimeError, match='do it to the original'):
+        with pytest.raises(RuntimeError, match='original'):
             call()
     assert fast(images()).shape == (3, 5)
 

@@ -190,18 +190,18 @@ def test_bad_input(plot, write, tmp_path, monkeypatch, capsys, arguments, messag
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    ({'members': []}, r'its members must be those with num_members 1 to 16, got \[\]'),
-    ({'members': None}, 'its members must be those'),
-    ({'members': make_run()['members'][:3]}, r'num_members 1 to 16, got \[1, 2, 3\]'),
-    ({'members': [{**row, 'macs': None} for row in make_run()['members']]}, 'its macs of 1 members must be a finite n'),
-    ({'members': [{**row, 'top1': float('nan')} for row in make_run()['members']]}, 'top1 of 1 members must be a fin'),
-    ({'member_top1': []}, 'its member_top1 must be a list of 16 numbers'),
-    ({'member_top1': ['a'] * 16}, "its member_top1 must be a finite number, got 'a'"),
+    ({'members': []}, r'members .*1 .*16.*\[\]'),
+    ({'members': None}, 'members'),
+    ({'members': make_run()['members'][:3]}, r'members .*1 .*16.*\[1, 2, 3\]'),
+    ({'members': [{**row, 'macs': None} for row in make_run()['members']]}, 'macs .*1 .*None'),
+    ({'members': [{**row, 'top1': float('nan')} for row in make_run()['members']]}, 'top1 .*1 .*nan'),
+    ({'member_top1': []}, 'member_top1 .*16'),
+    ({'member_top1': ['a'] * 16}, "member_top1 .*'a'"),
     ({'nodes': [1, 3, 2, 4, 16]}, 'nodes'),
     ({'nodes': None}, 'nodes'),
 ])
 def test_broken_evaluations(plot, write, change, message):
-    with pytest.raises(ValueError, match=rf'run1\.json is not the JSON file of an evaluation: .*{message}'):
+    with pytest.raises(ValueError, match=rf'run1\.json .*{message}'):
         plot.load_runs(write(make_run(), {**make_run(), **change}))
 
 

@@ -1,14 +1,15 @@
 """`timm-hne run` and `--device-modules timm_hne.training`.
 
 timm's scripts are not part of its package. What they do that matters here (the names they import, the two parsers, the
-order of steps) is done by small scripts of our own; the environment variable TIMM_SCRIPTS, the path of a folder with
-timm's train.py and validate.py, adds the real ones.
+order of steps) is done by small scripts of our own. The real ones come from timm's repository, or from the folder that
+the environment variable TIMM_SCRIPTS names.
 """
 import argparse
 import os
 import runpy
 import subprocess
 import sys
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from PIL import Image
 
 import timm_hne.training
 from timm_hne.__main__ import main
+from timm_hne.files import write_file
+from timm_hne.training.checkpoint import load_checkpoint
 
 # Two parsers, the first for --config; the task bound at import; the arguments saved before anything is created.
 TRAIN = '''
@@ -190,7 +193,7 @@ def test_config_file(train, tmp_path):
     (['--hne-objective', 'distil'], 'invalid choice'),
     (['--hne-alpha', '1.5'], 'got 1.5'),
     (['--hne-alpha', 'half'], 'invalid float value'),
-    (['--hne-temperature', '0'], 'temperature must be above 0'),
+    (['--hne-temperature', '0'], 'temperature'),
 ])
 def test_wrong_options(train, capsys, arguments, message):
     with pytest.raises(SystemExit) as exit:
@@ -200,9 +203,9 @@ def test_wrong_options(train, capsys, arguments, message):
 
 
 @pytest.mark.parametrize(('line', 'message'), [
-    ('hne_objective: distil', 'objective must be one of independent, hierarchical'),
-    ('hne_alpha: true', 'alpha must be'),
-    ('hne_alpha: [1]', 'alpha must be'),
+    ('hne_objective: distil', 'objective'),
+    ('hne_alpha: true', 'alpha'),
+    ('hne_alpha: [1]', 'alpha'),
     ('hne_temperature: cold', 'invalid float value'),
 ])
 def test_wrong_option_in_config_file(train, tmp_path, capsys, line, message):
@@ -214,7 +217,7 @@ def test_wrong_option_in_config_file(train, tmp_path, capsys, line, message):
 
 
 def test_options_for_another_model(train):
-    with pytest.raises(SystemExit, match=r'--hne-objective, --hne-alpha can be used with .* got ResNet'):
+    with pytest.raises(SystemExit, match=r'--hne-objective, --hne-alpha .*ResNet'):
         train('--model', OTHER, '--hne-alpha', '0.5', '--hne-objective', 'independent')
 
 
@@ -226,7 +229,7 @@ def test_scripted_ensemble(train):
 
 def test_another_task(train):
     """Distilling an ensemble from a teacher warns; options that this would ignore are an error."""
-    with pytest.warns(timm_hne.training.StockTaskWarning, match='LogitDistillationTask.*HNEResNet') as caught:
+    with pytest.warns(timm_hne.training.StockTaskWarning, match=r'LogitDistillationTask.*HNEResNet') as caught:
         assert train('--model', HNE, '--distil')['task'] == 'LogitDistillationTask'
     warning, = (warning for warning in caught if warning.category is timm_hne.training.StockTaskWarning)
     assert Path(warning.filename).name == 'script.py'
@@ -252,7 +255,7 @@ def test_script_without_tasks(script, capsys, arguments):
 
 
 def test_script_of_another_version(script):
-    with pytest.raises(SystemExit, match=rf'does not fit the installed timm {timm.__version__} .*no_such_name'):
+    with pytest.raises(SystemExit, match=rf'{timm.__version__} .*no_such_name'):
         main(['run', script('from timm.utils import no_such_name\n')])
 
 
@@ -302,12 +305,12 @@ logging.getLogger('fvcore.nn.jit_analysis').warning('something else')
 '''
 
 
-def test_counting_warns_of_no_modules(script):
+def test_counting_warns_of_no_modules(script, monkeypatch, capsys, caplog):
     """As benchmark.py counts."""
-    done = python('-m', 'timm_hne', 'run', script(COUNT))
-    assert done.returncode == 0, done.stderr
-    assert 'never called' not in done.stderr and 'something else' in done.stderr
-    assert done.stdout == f'MACs {13_077_760 - 10 * 128}\n'
+    monkeypatch.setattr(sys, 'argv', ['timm-hne'])
+    main(['run', script(COUNT)])
+    assert 'never called' not in caplog.text and 'something else' in caplog.text
+    assert capsys.readouterr().out == f'MACs {13_077_760 - 10 * 128}\n'
 
 
 def test_command_line(script, tmp_path):
@@ -394,33 +397,93 @@ def image_folder(root):
     return root
 
 
-@pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="TIMM_SCRIPTS is not set to a folder with timm's scripts")
-def test_timms_own_scripts(tmp_path):
-    scripts = Path(os.environ['TIMM_SCRIPTS'])
+@pytest.fixture
+def timm_scripts(request, monkeypatch):
+    """Folder with the train.py and validate.py of the installed timm, downloaded once: no distribution has them."""
+    monkeypatch.setattr(sys, 'argv', ['timm-hne'])
+    if 'TIMM_SCRIPTS' in os.environ:
+        return Path(os.environ['TIMM_SCRIPTS'])
+    folder = request.config.cache.mkdir(f'timm-{timm.__version__}')
+    for name in ('train.py', 'validate.py'):
+        url = f'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{timm.__version__}/{name}'
+        try:
+            if not (folder / name).exists():
+                with urllib.request.urlopen(url, timeout=10) as response:
+                    data = response.read()
+                write_file(folder / name, lambda path, data=data: path.write_bytes(data))
+        except OSError as error:
+            pytest.skip(f'TIMM_SCRIPTS names no folder with {name}, and {url} cannot be read: {error}')
+    return folder
+
+
+def test_timms_own_scripts(timm_scripts, tmp_path, capsys):
     common = [
         '--data-dir', str(image_folder(tmp_path / 'data')), '--model', HNE, '--num-classes', '2', '--img-size', '16',
         '--device', 'cpu', '--batch-size', '4', '--workers', '0', '--amp', '--amp-dtype', 'bfloat16',
         '--channels-last',
     ]
     train = [
-        '-m', 'timm_hne', 'run', str(scripts / 'train.py'), *common, '--lr', '0.05', '--warmup-epochs', '0',
+        'run', str(timm_scripts / 'train.py'), *common, '--lr', '0.05', '--warmup-epochs', '0',
         '--epochs', '2', '--output', str(tmp_path), '--experiment', 'run', '--model-ema', '--mixup', '0.2',
         '--grad-accum-steps', '2', '--hne-alpha', '0.75',
     ]
-    done = python(*train)
-    assert done.returncode == 0, done.stderr
-    assert 'alpha=0.75' in done.stderr and 'StockTaskWarning' not in done.stderr
+    main(train)
+    log = capsys.readouterr().err
+    assert 'alpha=0.75' in log and 'StockTaskWarning' not in log
     saved = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
     assert (saved['hne_objective'], saved['hne_alpha']) == ('hierarchical_codistillation', 0.75)
     checkpoint = str(tmp_path / 'run' / 'last.pth.tar')
     timm.create_model(HNE, num_classes=2, checkpoint_path=checkpoint)
 
-    done = python(*train, '--resume', checkpoint, '--epochs', '3')
-    assert done.returncode == 0, done.stderr
-    assert 'Train: 2 ' in done.stderr and 'Train: 1 ' not in done.stderr
+    main([*train, '--resume', checkpoint, '--epochs', '3'])
+    log = capsys.readouterr().err
+    assert 'Train: 2 ' in log and 'Train: 1 ' not in log
 
-    done = python(
-        '-m', 'timm_hne', 'run', str(scripts / 'validate.py'), *common, '--checkpoint', checkpoint, '--split',
-        'validation', '--model-kwargs', 'num_members=2')
-    assert done.returncode == 0, done.stderr
-    assert '"top1"' in done.stdout
+    main([
+        'run', str(timm_scripts / 'validate.py'), *common, '--checkpoint', checkpoint, '--split', 'validation',
+        '--model-kwargs', 'num_members=2'])
+    assert '"top1"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('base', ['test_vit', 'test_convnext'])
+def test_timms_own_scripts_and_a_tree_of_timms_stages(base, timm_scripts, hub, tmp_path, monkeypatch, capsys):
+    """Trained, resumed, evaluated, exported, published and loaded again."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    monkeypatch.setenv('HF_TOKEN', 'hf_alice')
+    monkeypatch.chdir(tmp_path)
+    data, checkpoint, name = str(image_folder(tmp_path / 'data')), 'out/run/last.pth.tar', 'hne_from_timm'
+    common = [
+        '--data-dir', data, '--model', name, '--model-kwargs', f'base={base}', 'nodes=1,1,1,2', '--num-classes', '2',
+        '--img-size', '32', '--device', 'cpu', '--batch-size', '4', '--workers', '0']
+    train = [
+        'run', str(timm_scripts / 'train.py'), *common, '--opt', 'adamw', '--lr', '1e-3', '--warmup-epochs', '0',
+        '--output', 'out', '--experiment', 'run']
+    main([*train, '--epochs', '1'])
+    first, _ = load_checkpoint(checkpoint)
+    capsys.readouterr()
+    main([*train, '--epochs', '2', '--resume', checkpoint])
+    log = capsys.readouterr().err
+    assert 'Train: 1 ' in log and 'Train: 0 ' not in log and 'StockTaskWarning' not in log
+    trained, config = load_checkpoint(checkpoint)
+    assert (trained.base, trained.nodes, trained.num_classes) == (base, (1, 1, 1, 2), 2)
+    assert config['hne_objective'] == 'hierarchical_codistillation'
+    changed = [
+        name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, first.state_dict()[name])]
+    assert {name.split('.')[0] for name in changed} == {'blocks', 'heads'}
+
+    main(['run', str(timm_scripts / 'validate.py'), *common, '--checkpoint', checkpoint, '--split', 'validation'])
+    assert '"top1"' in capsys.readouterr().out
+    main(['eval', '--checkpoint', checkpoint, '--data-dir', data, '--split', 'validation', '--workers', '0',
+          '--device', 'cpu', '--output', 'out/run/evaluation.json'])
+    x = torch.randn(3, 3, 32, 32)
+    expected = trained.eval()(x).detach()
+    main(['export', name, '--checkpoint', checkpoint, '--format', 'onnx', '--num-members', '2', '--output', 'programs'])
+    program, = Path('programs').glob('*.onnx')
+    session = onnxruntime.InferenceSession(program)
+    found, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+
+    main(['publish', checkpoint, '--repo-id', 'alice/net', '--dtype', 'float32'])
+    loaded = timm.create_model('hf-hub:alice/net', pretrained=True).eval()
+    assert (loaded.base, loaded.nodes) == (base, (1, 1, 1, 2))
+    torch.testing.assert_close(loaded(x), expected)

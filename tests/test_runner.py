@@ -176,7 +176,7 @@ def test_answers_belong_to_their_requests(gate, runner):
 def test_a_full_queue_rejects(gate, runner):
     futures = [block(gate, runner), *(runner.submit(image(i)) for i in range(6))]
     for _ in range(3):
-        with pytest.raises(Overloaded, match='max_queue=6 requests are waiting'):
+        with pytest.raises(Overloaded, match='max_queue=6 '):
             runner.submit(image(0))
     gate.open.set()
     wait(futures, TIMEOUT)
@@ -245,7 +245,7 @@ def test_even_an_exit_inside_the_model_answers(gate, runner):
 def test_shutdown_answers_what_waits(gate, runner):
     futures = [block(gate, runner), *(runner.submit(image(i)) for i in range(5))]
     runner.shutdown(wait=False)
-    with pytest.raises(ShutDown, match='has been shut down'):
+    with pytest.raises(ShutDown):
         runner.submit(image(0))
     gate.open.set()
     runner.shutdown()
@@ -260,7 +260,7 @@ def test_shutdown_without_draining_rejects_what_waits(gate, runner):
     futures = [runner.submit(image(i)) for i in range(5)]
     runner.shutdown(drain=False, wait=False)
     for future in futures:
-        with pytest.raises(ShutDown, match='before the request was answered'):
+        with pytest.raises(ShutDown):
             future.result(TIMEOUT)
     gate.open.set()
     assert first.result(TIMEOUT).logits[0] == -1
@@ -284,18 +284,19 @@ def test_a_cancelled_request_is_not_computed(gate, runner):
 
 
 def test_a_callback_may_submit_and_shut_down(gate, runner):
-    second = []
+    second, called = [], threading.Event()
 
     def done(future):
         second.append(runner.submit(image(7)))
         runner.shutdown()
+        called.set()
 
     first = block(gate, runner)
     first.add_done_callback(done)
     gate.open.set()
     first.result(TIMEOUT)
-    runner._worker.join(TIMEOUT)
-    assert not runner._worker.is_alive()
+    assert called.wait(TIMEOUT)
+    runner.shutdown()  # returns when the worker has ended
     assert second[0].result(TIMEOUT).logits[0] == 7
 
 
@@ -340,12 +341,13 @@ def test_if_the_worker_ends_nobody_waits(gate, runner, monkeypatch):
 
     first = block(gate, runner)
     future = runner.submit(image(0))
+    # No call from outside makes it fail there, that is why it would be unforeseen.
     monkeypatch.setattr(runner, '_next_batch', broken)
     gate.open.set()
     assert first.result(TIMEOUT).logits[0] == -1
     with pytest.raises(ShutDown):
         future.result(TIMEOUT)
-    runner._worker.join(TIMEOUT)
+    runner.shutdown()
     with pytest.raises(ShutDown):
         runner.submit(image(1))
 
@@ -368,7 +370,7 @@ def test_arrivals_are_forgotten_while_the_model_is_busy(gate, runner, monkeypatc
             runner.submit(image(0))
         except Overloaded:
             continue
-    assert len(runner._arrivals) == 2  # those of the last 100 seconds
+    assert len(runner._arrivals) == 2  # those of the last 100 seconds; memory has no public name
 
 
 @pytest.mark.parametrize('drain', [True, False])
@@ -459,15 +461,15 @@ def test_a_real_model():
     (dict(latency_target=float('nan')), ValueError, r'latency_target .* nan\.$'),
     (dict(latency_target=float('inf')), ValueError, r'latency_target .* inf\.$'),
     (dict(latency_target='1'), TypeError, 'latency_target'),
-    (dict(max_batch_size=0), ValueError, 'max_batch_size .* 1, got 0'),
-    (dict(max_queue=0), ValueError, 'max_queue .* 1, got 0'),
+    (dict(max_batch_size=0), ValueError, 'max_batch_size .*1.* 0'),
+    (dict(max_queue=0), ValueError, 'max_queue .*1.* 0'),
     (dict(max_queue=1.5), TypeError, r'max_queue .* 1\.5'),
-    (dict(min_members=0), ValueError, 'min_members .* 1 to 4, got 0'),
-    (dict(max_members=5), ValueError, 'max_members .* 1 to 4, got 5'),
-    (dict(min_members=3, max_members=2), ValueError, 'min_members must be at most max_members'),
-    (dict(schedule=()), ValueError, 'at least one'),
-    (dict(schedule=(2, 1)), ValueError, 'must increase'),
-    (dict(min_members=2, schedule=(1, 2)), ValueError, 'within 2 to 4'),
+    (dict(min_members=0), ValueError, 'min_members .*1 .*4.* 0'),
+    (dict(max_members=5), ValueError, 'max_members .*1 .*4.* 5'),
+    (dict(min_members=3, max_members=2), ValueError, 'min_members .*max_members.*3 .*2'),
+    (dict(schedule=()), ValueError, r'schedule .*\(\)'),
+    (dict(schedule=(2, 1)), ValueError, r'schedule .*\(2, 1\)'),
+    (dict(min_members=2, schedule=(1, 2)), ValueError, r'schedule .*2 .*4 .*\(1, 2\)'),
     (dict(input_size=(1, 2, 2)), ValueError, 'input_size'),
 ])
 def test_runner_refuses(gate, kwargs, error, words):
@@ -489,6 +491,19 @@ def test_a_model_that_is_put_in_training_mode_while_it_serves(gate, runner):
     gate.eval()
     assert runner.submit(image(3)).result(TIMEOUT).logits[0] == 3
     assert (runner.stats.failed, runner.stats.answered) == (1, 1)
+
+
+def test_a_part_that_is_put_in_training_mode_while_it_serves():
+    model = small_resnet()
+    with AdaptiveRunner(model, 100., (3, 8, 8), max_batch_size=1, max_members=1, warmup_repeats=1) as runner:
+        model.blocks[2].train()
+        with pytest.raises(ValueError, match=r'blocks\.2'):
+            runner.submit(torch.zeros(3, 8, 8)).result(TIMEOUT)
+        model.blocks[2].eval()
+        assert runner.submit(torch.zeros(3, 8, 8)).result(TIMEOUT).num_members == 1
+    model.classifier.train()
+    with pytest.raises(ValueError, match='classifier'):
+        AdaptiveRunner(model, 100., (3, 8, 8))
 
 
 def test_a_queue_is_no_longer_than_the_target_can_serve(gate, monkeypatch):
@@ -518,7 +533,16 @@ def test_policy_foresees_who_would_be_late(waiting, busy, late):
 
 
 PROCESS = '''
-import os, sys, torch
+import atexit, os, sys
+
+@atexit.register  # before the package does, so it is called after what the package registers
+def too_late():
+    try:
+        AdaptiveRunner(runner.model, 1.)
+    except RuntimeError as error:
+        print('too late:', error)
+
+import torch
 from timm_hne import AdaptiveRunner
 
 class Busy(torch.nn.Module):
@@ -536,34 +560,6 @@ class Busy(torch.nn.Module):
 
 torch.set_num_threads(1)
 runner = AdaptiveRunner(Busy().eval(), latency_target=1000., max_batch_size=1)
-'''
-
-
-def run_process(code):
-    return subprocess.run([sys.executable, '-c', PROCESS + code], capture_output=True, text=True, timeout=4 * TIMEOUT)
-
-
-def test_a_process_that_ends_with_a_busy_runner():
-    result = run_process('futures = [runner.submit(torch.zeros(3, 2, 2)) for _ in range(50)]\nsys.exit(3)')
-    assert result.returncode == 3, result.stderr
-
-
-def test_no_runner_is_made_when_the_process_ends():
-    """Its thread would compute while Python is being taken down."""
-    result = run_process('''
-import atexit
-atexit._run_exitfuncs()
-try:
-    AdaptiveRunner(runner.model, 1.)
-except RuntimeError as error:
-    print(error)
-''')
-    assert result.returncode == 0 and 'process' in result.stdout, result.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='there are no forks here')
-def test_a_fork_is_told_that_its_requests_would_never_end():
-    result = run_process('''
 parent = os.getpid()
 child = os.fork()
 if not child:
@@ -573,17 +569,31 @@ if not child:
         runner.shutdown()
         os._exit(7 if str(parent) in str(error) and str(os.getpid()) in str(error) else 1)
     os._exit(2)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-assert len(runner.submit(torch.zeros(3, 2, 2)).result(60).logits) == 2
-''')
-    assert result.returncode == 0, result.stderr
+print('child:', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print('logits:', len(runner.submit(torch.zeros(3, 2, 2)).result(60).logits))
+futures = [runner.submit(torch.zeros(3, 2, 2)) for _ in range(50)]
+sys.exit(3)
+'''
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='there are no forks here')
+def test_forks_and_the_end_of_a_process():
+    """A fork is told that its requests would never end; a process ends with a busy runner, and makes none by then.
+
+    The thread of a runner that is made when the process ends would compute while Python is being taken down.
+    """
+    result = subprocess.run([sys.executable, '-c', PROCESS], capture_output=True, text=True, timeout=4 * TIMEOUT)
+    assert result.returncode == 3, result.stderr
+    child, logits, late = result.stdout.splitlines()
+    assert (child, logits) == ('child: 7', 'logits: 2')
+    assert late.startswith('too late: ') and 'process' in late
 
 
 @pytest.mark.parametrize('request_, error, words', [
-    (torch.zeros(3, 3, 2), ValueError, r'image must be of shape \(3, 2, 2\), got \(3, 3, 2\)'),
-    (torch.zeros(1, 3, 2, 2), ValueError, 'image must be of shape'),
-    (torch.zeros(3, 2, 2, dtype=torch.uint8), TypeError, 'image must be a floating point tensor, got torch.uint8'),
-    ('image', TypeError, 'got str'),
+    (torch.zeros(3, 3, 2), ValueError, r'image .*\(3, 2, 2\).*\(3, 3, 2\)'),
+    (torch.zeros(1, 3, 2, 2), ValueError, r'image .*\(3, 2, 2\).*\(1, 3, 2, 2\)'),
+    (torch.zeros(3, 2, 2, dtype=torch.uint8), TypeError, 'image .*uint8'),
+    ('image', TypeError, 'image .*str'),
 ])
 def test_submit_refuses(runner, request_, error, words):
     with pytest.raises(error, match=words):
@@ -600,14 +610,12 @@ def load(monkeypatch):
 
 
 def test_benchmark_of_a_model_that_fails_ends(gate, load, monkeypatch):
-    measure = AdaptiveRunner._measure
+    class FailsAfterItsWarmUp(AdaptiveRunner):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            gate.error = ArithmeticError('broken')
 
-    def fail_later(runner, repeats):
-        seconds = measure(runner, repeats)
-        gate.error = ArithmeticError('broken')
-        return seconds
-
-    monkeypatch.setattr(AdaptiveRunner, '_measure', fail_later)
+    monkeypatch.setattr(load, 'AdaptiveRunner', FailsAfterItsWarmUp)
     raised = []
 
     def drive():

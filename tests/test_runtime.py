@@ -92,7 +92,7 @@ def test_scores_are_those_of_the_library():
             np.testing.assert_allclose(found, exit_scores(members[:, :n], criterion).numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_deadline(network, model, monkeypatch):
+def test_deadline(network, folder, model, monkeypatch):
     x, now = images(), [0.]
     monkeypatch.setattr(runtime, '_clock', lambda: now[0])
     run = runtime.Session.run
@@ -106,7 +106,7 @@ def test_deadline(network, model, monkeypatch):
     assert len(list(network.anytime(x.numpy()))) == 3  # every step has taken a second by now
     for deadline, n in ((0.5, 1), (3., 4), (2.5, 2)):
         assert_like(network.predict(x.numpy(), deadline=deadline), model(x, num_members=n))
-    network._times.clear()
+    network = runtime.load(folder, threads=1)  # without the times
     macs = member_macs(model, 8)
     share = (macs[2] - macs[1]) / macs[1]  # what a step that was never taken is expected to take, in first steps
     assert len(list(network.anytime(x.numpy(), deadline=1 + share - 0.01))) == 1
@@ -143,12 +143,12 @@ assert not {{'torch', 'timm'}} & set(sys.modules)
 @pytest.mark.parametrize('kwargs, error, words', [
     (dict(images=torch.zeros(1, 3, 8, 8)), TypeError, 'images .*Tensor|images .*torch'),
     (dict(images=np.zeros((1, 3, 8, 8), np.uint8)), TypeError, 'images .*prepare.*uint8'),
-    (dict(images=np.zeros((3, 8, 8), np.float32)), ValueError, r'images must be \(B, 3, H, W\)'),
-    (dict(images=np.zeros((0, 3, 8, 8), np.float32)), ValueError, 'at least one'),
-    (dict(num_members=0), ValueError, 'num_members must be from 1 to 4, got 0'),
+    (dict(images=np.zeros((3, 8, 8), np.float32)), ValueError, r'images .*\(B, 3, H, W\)'),
+    (dict(images=np.zeros((0, 3, 8, 8), np.float32)), ValueError, r'images .*\b0\b'),
+    (dict(num_members=0), ValueError, 'num_members .*1 .*4.* 0'),
     (dict(num_members=2.), TypeError, 'num_members'),
-    (dict(threshold=1.5), ValueError, 'threshold must be .*at most 1, got 1.5'),
-    (dict(threshold=0.5, criterion='sure'), ValueError, "criterion must be one of .*'sure'"),
+    (dict(threshold=1.5), ValueError, 'threshold .* 1.5'),
+    (dict(threshold=0.5, criterion='sure'), ValueError, "criterion .*'sure'"),
     (dict(threshold=math.log(5) + 0.1, criterion='entropy'), ValueError, 'threshold'),
     (dict(deadline='soon'), TypeError, 'deadline'),
 ])
@@ -172,7 +172,7 @@ def test_a_tampered_file_is_refused(folder, tmp_path):
     for name in ('weights.bin', 'step_1_2.onnx'):
         data = (copy / name).read_bytes()
         (copy / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
-        with pytest.raises(RuntimeError, match=rf'{name} has the SHA-256 digest .* manifest.json records'):
+        with pytest.raises(RuntimeError, match=rf'{name} .*SHA-256 .*manifest\.json'):
             runtime.load(copy)
         (copy / name).write_bytes(data)
     (copy / 'weights.bin').unlink()
@@ -181,10 +181,10 @@ def test_a_tampered_file_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(format=2, timm_hne='9.0'), r'format 2, written by timm-hne 9.0; .* up to 1: update'),
-    (dict(steps=[]), 'is no manifest that can be read'),
-    (dict(files={'../secret': ''}), 'is no manifest that can be read'),
-    (dict(files=None), 'is no manifest that can be read'),
+    (dict(format=2, timm_hne='9.0'), r'2.*timm-hne 9\.0.* 1'),
+    (dict(steps=[]), r'manifest\.json'),
+    (dict(files={'../secret': ''}), r'manifest\.json'),
+    (dict(files=None), r'manifest\.json'),
 ])
 def test_a_manifest_that_cannot_be_read(folder, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
@@ -194,15 +194,15 @@ def test_a_manifest_that_cannot_be_read(folder, tmp_path, changes, words):
 def test_another_image_size_than_exported(folder, tmp_path):
     image = json.loads((folder / 'manifest.json').read_text())['image']
     network = runtime.load(copied(folder, tmp_path, image={**image, 'any_size': False}))
-    with pytest.raises(ValueError, match=r'must be of 8x8 pixels.*got 8x9; export it with --img-size'):
+    with pytest.raises(ValueError, match=r'8x8 .*8x9.*--img-size'):
         network.predict(np.zeros((1, 3, 8, 9), np.float32))
 
 
 def test_export_folder_refuses(model, tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
-    with pytest.raises(FileExistsError, match='holds something else'):
+    with pytest.raises(FileExistsError, match=str(tmp_path)):
         export_folder(model, tmp_path, (3, 8, 8))
-    with pytest.raises(ValueError, match=r'schedule must end with all 4 members, got \(1, 2\)'):
+    with pytest.raises(ValueError, match=r'schedule .*4 .*\(1, 2\)'):
         export_folder(model, tmp_path / 'folder', (3, 8, 8), (1, 2))
     with pytest.raises(ValueError, match='threshold'):
         export_folder(model, tmp_path / 'folder', (3, 8, 8), exit_point=ExitPoint(2., None, None, None))
@@ -212,14 +212,14 @@ def test_export_folder_refuses(model, tmp_path):
 def test_a_folder_that_differs_is_not_written(model, tmp_path, monkeypatch):
     run = runtime.Session.run
     monkeypatch.setattr(runtime.Session, 'run', lambda self, inputs: [1.001 * y for y in run(self, inputs)])
-    with pytest.raises(RuntimeError, match='1 members differ from the model'):
+    with pytest.raises(RuntimeError, match='1 members'):
         export_folder(model, tmp_path / 'folder', (3, 8, 8))
     assert not list(tmp_path.iterdir())
 
 
 # The command.
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, shallow):
     """The image size is the checkpoint's: programs used to be for 32 pixels, whatever it was trained on."""
     torch.manual_seed(0)
     model = timm.create_model('hne_resnet50_c8', width=4, nodes=(1, 1, 1, 1, 1), num_classes=3).eval()
@@ -244,7 +244,7 @@ def test_command(tmp_path, capsys):
     assert_like(network.predict(x.numpy()), model(x))
 
 
-def test_command_with_the_first_members_only(tmp_path, capsys):
+def test_command_with_the_first_members_only(tmp_path, capsys, shallow):
     torch.manual_seed(0)
     kwargs = dict(nodes=(1, 1, 1, 2, 4), num_classes=3)
     model = timm.create_model('hne_resnet50_c8', **kwargs).eval()

@@ -49,7 +49,7 @@ def test_mlflow(calls, tmp_path):
 @pytest.mark.parametrize('log', ['wandb', 'mlflow', 'tensorboard'])
 def test_what_is_missing_is_said_before_any_epoch(options, monkeypatch, log):  # noqa: F811
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard' if log == 'tensorboard' else log, None)
-    with pytest.raises(ImportError, match=f"log '{log}' needs the package {log}: pip install {log}"):
+    with pytest.raises(ImportError, match=f"log .*'{log}'.*pip install {log}|log '{log}' .*pip install {log}"):
         train(TrainConfig(**options, log=log))
 
 
@@ -64,7 +64,7 @@ def test_a_run_that_is_followed(options, calls, tmp_path):  # noqa: F811
 
 def test_csv_alone(tmp_path):
     assert open_tracker('csv', tmp_path, 0, {}) is None
-    with pytest.raises(ValueError, match=r'log must be one of csv, tensorboard, wandb, mlflow, got .comet'):
+    with pytest.raises(ValueError, match=r'log .*csv, tensorboard, wandb, mlflow.*comet'):
         TrainConfig(log='comet')
 
 
@@ -81,7 +81,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, accuracies, best):
 
 
 def test_best_by_a_chosen_number_of_members(options, tmp_path):  # noqa: F811
-    with pytest.raises(ValueError, match=r'best_members must be one of 1, 2, 4, got 3'):
+    with pytest.raises(ValueError, match=r'best_members .*1, 2, 4.* 3'):
         train(TrainConfig(**options, best_members=3))
     train(TrainConfig(**options, best_members=2))
     log = [float(row['eval_top1_2']) for row in rows(options['output_dir'])]

@@ -33,6 +33,8 @@ from timm_hne.models.weights import load_grown
 from timm_hne.training import setup, trainer
 from timm_hne.training.checkpoint import FREE_KEYS, RunCheckpoint, load_checkpoint
 from timm_hne.training.recipe import RECIPES, TrainConfig, read_recipe
+from timm_hne.training.summary import Summary
+from timm_hne.training.task import HNETask
 from timm_hne.training.trainer import NonFiniteLossError, train
 
 SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'train.py'
@@ -57,7 +59,7 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def options(data_dir, tmp_path):
+def options(data_dir, tmp_path, shallow):
     """Keys of a run of seconds: a tiny ensemble on tiny images."""
     return dict(
         data_dir=str(data_dir),
@@ -127,16 +129,15 @@ def test_a_stopped_run_continues_to_the_same_losses(options, tmp_path, monkeypat
     expected = rows(options['output_dir'])
 
     options['output_dir'] = str(tmp_path / 'stopped')
-    train_epoch = trainer._Phase._train_epoch
+    add = Summary.add
 
-    def stop_in_the_last_epoch(run, epoch):
-        row = train_epoch(run, epoch)
+    def stop_in_the_last_epoch(summary, epoch, *args):
         if epoch == 3:
             raise KeyboardInterrupt
-        return row
+        add(summary, epoch, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Phase, '_train_epoch', stop_in_the_last_epoch)
+        patch.setattr(Summary, 'add', stop_in_the_last_epoch)
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig(**options))
     torch.rand(17)  # resumption must not depend on the state of the process
@@ -146,7 +147,7 @@ def test_a_stopped_run_continues_to_the_same_losses(options, tmp_path, monkeypat
     assert rows(options['output_dir']) == expected
 
 
-def test_killed_at_any_moment(options, tmp_path):
+def test_killed_at_any_moment(options, tmp_path, whole):
     options['epochs'] = 8
     train(TrainConfig(**options))
     expected = rows(options['output_dir'])
@@ -192,17 +193,17 @@ def without_speed(history):
 def test_broken_weights_are_not_saved(options, monkeypatch):
     """The last update of an epoch is followed by no loss that could tell."""
     options['epochs'] = 3
-    check = trainer._Phase._check_weights
+    update_ema = HNETask.update_ema
 
-    def break_them(run, epoch):
-        if epoch == 1:
-            next(run.model.parameters()).data.fill_(math.inf)
-        check(run, epoch)
+    def break_them(task, *args, step):
+        if step == 12:  # the sixth update of the second epoch, its last
+            next(task.get_trainable_module().parameters()).data.fill_(math.inf)
+        update_ema(task, *args, step=step)
 
-    monkeypatch.setattr(trainer._Phase, '_check_weights', break_them)
-    with pytest.raises(NonFiniteLossError, match=r'weight is not finite at the end of epoch 2, .* is from before'):
-        train(TrainConfig(**options))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(HNETask, 'update_ema', break_them)
+        with pytest.raises(NonFiniteLossError, match=r'weight .*epoch 2.*checkpoint'):
+            train(TrainConfig(**options))
     assert [row['epoch'] for row in train(TrainConfig(**options, resume=True)).history] == [1, 2]
 
 
@@ -215,21 +216,32 @@ def test_a_run_that_is_older_than_a_key_goes_on(options):
     assert not train(TrainConfig(**{**options, 'epochs': 1}, resume=True)).history
 
 
+@pytest.mark.parametrize('kinds', [(tuple, list), (list, tuple)])
+@pytest.mark.parametrize('phased', [False, True])
+def test_nodes_are_the_same_as_a_tuple_and_as_a_list(options, kinds, phased):
+    """A program writes a tuple, YAML and JSON read a list."""
+    for resume, kind in enumerate(kinds):
+        keys = {'model_kwargs': {'width': 1, 'nodes': kind((1, 1, 1, 2, 4))}}
+        keys = {'phases': [{'epochs': 1, **keys}]} if phased else {'epochs': 1, **keys}
+        history = train(TrainConfig(**{**options, 'epochs': 200, **keys, 'resume': bool(resume)})).history
+        assert len(history) == 1 - resume
+
+
 def test_other_classes_under_the_same_numbers(options, tmp_path):
     train(TrainConfig(**{**options, 'epochs': 1}))
     other = make_images(tmp_path / 'other')
     for split in ('train', 'test'):
         for path in (other / split).iterdir():
             path.rename(path.with_name(path.name.replace('class', 'kind')))
-    with pytest.raises(ValueError, match=r'with other classes, its own were class0, .*, those of the data are kind0'):
+    with pytest.raises(ValueError, match=r'class0, .*kind0'):
         train(TrainConfig(**{**options, 'epochs': 1, 'data_dir': str(other)}, resume=True))
 
 
 @pytest.mark.parametrize(('values', 'message'), [
     ({'in_memory': True}, r'in_memory .* false .* True\.$'),
-    ({'unreadable': 'error'}, r'unreadable .* skip .* error\.$'),
+    ({'unreadable': 'error'}, 'unreadable .*skip .*error'),
     ({'num_workers': 0}, r'num_workers .* at least 1.* 0\.$'),
-    ({'num_workers': 3}, 'fewer batches than it announced; there must not be more num_workers'),
+    ({'num_workers': 3}, 'num_workers'),
 ])
 def test_streams(options, values, message, monkeypatch):
     class Stream(torch.utils.data.IterableDataset):
@@ -253,7 +265,7 @@ def test_streams(options, values, message, monkeypatch):
         train(TrainConfig(**{**options, **values}))
 
 
-def test_starting_from_published_weights(options):
+def test_starting_from_published_weights(options, whole):
     options.update(
         model_kwargs={'nodes': [1, 1, 1, 2, 4]}, pretrained=True, epochs=1, lr=0., warmup_lr=0., max_train_images=8)
     model = train(TrainConfig(**options)).model
@@ -407,12 +419,12 @@ def test_disk_full(options, monkeypatch):
         real(state, path)
 
     monkeypatch.setattr(torch, 'save', save)
-    with pytest.raises(OSError, match=r'last\.pth\.tar of epoch 3 .* MB free') as caught:
+    with pytest.raises(OSError, match=r'last\.pth\.tar .*epoch 3 .*MB') as caught:
         train(TrainConfig(**options))
     assert 'enforce' not in str(caught.value)
     assert RunCheckpoint.read(Path(options['output_dir'], 'last.pth.tar')).epoch == 1
     assert not [path for path in Path(options['output_dir']).iterdir() if 'tmp' in path.name]
-    monkeypatch.undo()
+    monkeypatch.setattr(torch, 'save', real)
     assert [row['epoch'] for row in train(TrainConfig(**options, resume=True)).history] == [2]
 
 
@@ -492,7 +504,7 @@ def test_non_finite_loss_stops_with_its_circumstances(options):
         patch.setattr(trainer.HNETask, 'forward', forward)
         with pytest.raises(
                 NonFiniteLossError,
-                match=r'step 4 .*learning rate 0\.00.*: loss = nan, hierarchical = nan\. The last checkpoint is from',
+                match=r'step 4 .*0\.00.*loss = nan, hierarchical = nan.*checkpoint',
         ):
             train(TrainConfig(**options))
     kept = load_checkpoint_metadata(str(Path(options['output_dir'], 'last.pth.tar')))
@@ -510,35 +522,35 @@ def test_non_finite_loss_without_a_checkpoint(options):
 class TestErrorsBeforeAnyEpoch:
     @pytest.fixture(autouse=True)
     def no_epoch(self, monkeypatch):
-        def fail(run, epoch):
+        def fail(seed, epoch, rank):
             pytest.fail('an epoch has started')
 
-        monkeypatch.setattr(trainer._Phase, '_train_epoch', fail)
+        monkeypatch.setattr(trainer, 'seed_epoch', fail)
 
     def test_missing_data(self, options, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r'data_dir does not exist: .*nowhere'):
+        with pytest.raises(FileNotFoundError, match=r'data_dir .*nowhere'):
             train(TrainConfig(**{**options, 'data_dir': str(tmp_path / 'nowhere')}))
-        with pytest.raises(ValueError, match='data_dir must be the folder'):
+        with pytest.raises(ValueError, match=r'data_dir .*None'):
             train(TrainConfig(**{**options, 'data_dir': None}))
 
     def test_missing_split(self, options):
-        with pytest.raises(FileNotFoundError, match=r"no folder for the split 'validation', only .*'test', 'train'"):
+        with pytest.raises(FileNotFoundError, match=r"'validation'.*'test', 'train'"):
             train(TrainConfig(**{**options, 'val_split': 'validation'}))
 
     def test_wrong_class_count(self, options):
-        with pytest.raises(ValueError, match=r'recipe is for 10 classes \(num_classes\), the data have 3'):
+        with pytest.raises(ValueError, match=r'10 .*num_classes.* 3'):
             train(TrainConfig(**options, num_classes=10))
 
     @pytest.mark.parametrize('split', ['train', 'test'])
     def test_empty_class_folder(self, options, tmp_path, split):
         root = make_images(tmp_path / 'images', train_images=1, test_images=1)
         (root / split / 'class1' / '0.png').unlink()
-        with pytest.raises(ValueError, match=f'class folders of .*{split} hold no images: class1'):
+        with pytest.raises(ValueError, match=f'{split} .*class1'):
             train(TrainConfig(**{**options, 'data_dir': str(root)}))
 
     def test_images_of_another_data_set(self, options):
         del options['img_size']
-        with pytest.raises(ValueError, match='images are 8x8, the model takes 32x32'):
+        with pytest.raises(ValueError, match=r'8x8.*32x32'):
             train(TrainConfig(**options))
 
     def test_another_model_than_the_checkpoint(self, options, tmp_path, monkeypatch):
@@ -546,9 +558,9 @@ class TestErrorsBeforeAnyEpoch:
         options['epochs'] = 1
         checkpoint = train(TrainConfig(**options)).checkpoint
         for kwargs in ({'width': 2, 'nodes': [1, 1, 1, 2, 4]}, {'width': 1, 'nodes': [1, 1, 1, 3, 3]}):
-            with pytest.raises(ValueError, match=r'cannot be continued, it differs: model_kwargs was .*'):
+            with pytest.raises(ValueError, match='model_kwargs'):
                 train(TrainConfig(**{**options, 'resume': True, 'model_kwargs': kwargs}))
-            with pytest.raises(ValueError, match=r'initial_checkpoint .* is of another architecture, other nodes'):
+            with pytest.raises(ValueError, match=r'initial_checkpoint .*nodes'):
                 train(TrainConfig(**{
                     **options, 'output_dir': str(tmp_path / 'other'), 'initial_checkpoint': str(checkpoint),
                     'model_kwargs': kwargs}))
@@ -560,22 +572,22 @@ class TestErrorsBeforeAnyEpoch:
         torch.save({'weight': 'text'}, junk)
         with pytest.raises(ValueError, match=r'initial_checkpoint .*junk\.pth'):
             RunCheckpoint.read(junk, 'initial_checkpoint').load_into(torch.nn.Linear(1, 1))
-        with pytest.raises(FileNotFoundError, match='initial_checkpoint does not exist'):
+        with pytest.raises(FileNotFoundError, match=r'initial_checkpoint .*nothing'):
             train(TrainConfig(**{**options, 'output_dir': str(tmp_path / 'other'), 'initial_checkpoint': 'nothing'}))
 
     def test_non_hne_model(self, options):
         options.update(model='resnet18', model_kwargs={})
-        with pytest.raises(TypeError, match=r"'hierarchical_codistillation' needs a hierarchical .*'resnet18'"):
+        with pytest.raises(TypeError, match=r"'hierarchical_codistillation' .*'resnet18'"):
             train(TrainConfig(**options))
 
     def test_batch_larger_than_the_data(self, options):
-        with pytest.raises(ValueError, match=r'batch_size 64 .*24 training images'):
+        with pytest.raises(ValueError, match=r'batch_size 64 .*24'):
             train(TrainConfig(**{**options, 'batch_size': 64}))
 
     def test_unreadable_image(self, options, tmp_path):
         root = make_images(tmp_path / 'images', train_images=2, test_images=2)
         (root / 'train' / 'class1' / '0.png').write_bytes(b'no image')
-        with pytest.raises(OSError, match=r'cannot read image .*class1/0\.png'):
+        with pytest.raises(OSError, match=r'class1/0\.png'):
             train(TrainConfig(**{**options, 'data_dir': str(root)}))
 
 
@@ -594,43 +606,43 @@ def test_unreadable_images_are_skipped_by_choice(options, tmp_path, caplog, in_m
 
 
 def test_unknown_key_names_the_nearest(options):
-    with pytest.raises(ValueError, match="unknown key 'epoch' in the recipe, did you mean 'epochs'"):
+    with pytest.raises(ValueError, match=r"'epoch'.*'epochs'"):
         TrainConfig.from_dict({'epoch': 3})
-    with pytest.raises(ValueError, match="did you mean 'weight_decay'"):
+    with pytest.raises(ValueError, match=r"'weight-decay'.*'weight_decay'"):
         TrainConfig.from_dict({'weight-decay': 3})
 
 
 @pytest.mark.parametrize(('values', 'error', 'message'), [
-    ({'epochs': 0}, ValueError, 'epochs must be at least 1'),
-    ({'epochs': '3'}, TypeError, 'epochs must be of type int'),
-    ({'epochs': True}, TypeError, 'epochs must be of type int'),
-    ({'lr': 'fast'}, TypeError, 'lr must be of type float'),
-    ({'mean': 0.5}, TypeError, 'mean must be of type tuple'),
-    ({'amp': 1}, TypeError, 'amp must be of type bool'),
-    ({'objective': 'best'}, ValueError, 'objective must be one of independent'),
-    ({'sched': 'plateau'}, ValueError, 'sched must be one of cosine, multistep, constant, cyclic'),
-    ({'unreadable': 'ignore'}, ValueError, 'unreadable must be one of error, skip'),
-    ({'val_fraction': 1.}, ValueError, 'val_fraction must be at least 0 and below 1'),
-    ({'mixup': 0.2, 'batch_size': 3}, ValueError, 'batch_size must be even'),
-    ({'max_train_images': -5}, ValueError, 'max_train_images must be at least 1, got -5'),
-    ({'max_train_images': 0}, ValueError, 'max_train_images must be at least 1'),
-    ({'img_size': 0}, ValueError, 'img_size must be at least 1'),
-    ({'in_chans': 2}, ValueError, 'in_chans must be 1 or 3, got 2'),
-    ({'crop_padding': -1}, ValueError, 'crop_padding must be at least 0'),
-    ({'hflip': 1.5}, ValueError, 'hflip must be from 0 to 1'),
-    ({'scale': (0., 1.)}, ValueError, 'scale must be above 0 and at most 1'),
-    ({'scale': (0.5,)}, ValueError, 'scale must be two numbers'),
-    ({'scale': (0.9, 0.1)}, ValueError, 'scale must be two numbers, the smaller first'),
-    ({'std': (0.2, 0., 0.2)}, ValueError, 'std must be above 0'),
-    ({'mean': (0.2, math.nan, 0.2)}, ValueError, 'mean must be finite'),
-    ({'lr': math.nan}, ValueError, 'lr must be at least 0 and finite'),
-    ({'lr': math.inf}, ValueError, 'lr must be at least 0 and finite'),
-    ({'weight_decay': -1.}, ValueError, 'weight_decay must be at least 0 and finite'),
-    ({'clip_grad': 0.}, ValueError, 'clip_grad must be above 0'),
-    ({'model_kwargs': {'num_classes': 3}}, ValueError, 'model_kwargs must not hold num_classes, use the key num_cl'),
-    ({'model_kwargs': {'in_chans': 1}}, ValueError, 'model_kwargs must not hold in_chans, use the key in_chans'),
-    ({'model_kwargs': {'pretrained': True}}, ValueError, 'must not hold pretrained, use the key pretrained'),
-    ({'pretrained': True, 'initial_checkpoint': 'a.pth'}, ValueError, "only one of pretrained and .*, got 'a.pth'"),
+    ({'epochs': 0}, ValueError, 'epochs .* 0'),
+    ({'epochs': '3'}, TypeError, "epochs .*int.*'3'"),
+    ({'epochs': True}, TypeError, 'epochs .*int.*True'),
+    ({'lr': 'fast'}, TypeError, "lr .*float.*'fast'"),
+    ({'mean': 0.5}, TypeError, 'mean .*tuple.*0.5'),
+    ({'amp': 1}, TypeError, 'amp .*bool.*1'),
+    ({'objective': 'best'}, ValueError, "objective .*independent.*'best'"),
+    ({'sched': 'plateau'}, ValueError, "sched .*cosine, multistep, constant, cyclic.*'plateau'"),
+    ({'unreadable': 'ignore'}, ValueError, "unreadable .*error, skip.*'ignore'"),
+    ({'val_fraction': 1.}, ValueError, 'val_fraction .*1.0'),
+    ({'mixup': 0.2, 'batch_size': 3}, ValueError, 'batch_size .*3'),
+    ({'max_train_images': -5}, ValueError, 'max_train_images .*1.*-5'),
+    ({'max_train_images': 0}, ValueError, 'max_train_images .*1.* 0'),
+    ({'img_size': 0}, ValueError, 'img_size .*1.* 0'),
+    ({'in_chans': 2}, ValueError, 'in_chans .*1 .*3.*2'),
+    ({'crop_padding': -1}, ValueError, 'crop_padding .*0.*-1'),
+    ({'hflip': 1.5}, ValueError, 'hflip .*1.5'),
+    ({'scale': (0., 1.)}, ValueError, r'scale .*0\.0'),
+    ({'scale': (0.5,)}, ValueError, r'scale .*\(0.5,\)'),
+    ({'scale': (0.9, 0.1)}, ValueError, r'scale .*\(0.9, 0.1\)'),
+    ({'std': (0.2, 0., 0.2)}, ValueError, 'std .*0.0'),
+    ({'mean': (0.2, math.nan, 0.2)}, ValueError, 'mean .*nan'),
+    ({'lr': math.nan}, ValueError, 'lr .*nan'),
+    ({'lr': math.inf}, ValueError, 'lr .*inf'),
+    ({'weight_decay': -1.}, ValueError, 'weight_decay .*-1.0'),
+    ({'clip_grad': 0.}, ValueError, 'clip_grad .*0.0'),
+    ({'model_kwargs': {'num_classes': 3}}, ValueError, 'model_kwargs .*num_classes'),
+    ({'model_kwargs': {'in_chans': 1}}, ValueError, 'model_kwargs .*in_chans'),
+    ({'model_kwargs': {'pretrained': True}}, ValueError, 'model_kwargs .*pretrained'),
+    ({'pretrained': True, 'initial_checkpoint': 'a.pth'}, ValueError, "pretrained .*initial_checkpoint.*'a.pth'"),
 ])
 def test_bad_values_are_named(values, error, message):
     with pytest.raises(error, match=message):
@@ -653,7 +665,7 @@ train(TrainConfig(**yaml.safe_load(sys.argv[1])))
 '''
 
 
-def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(options, tmp_path, monkeypatch):
+def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(options, whole, tmp_path, monkeypatch):
     """Two updates of plain SGD, whose weights are gradients. BatchNorm is in evaluation mode."""
     options.update(epochs=1, max_train_images=16, opt='momentum', momentum=0., weight_decay=0., sched='constant')
     with socket.socket() as free:
@@ -735,7 +747,7 @@ def test_options_override_the_recipe(tmp_path):
 
 
 def test_unknown_recipe_lists_those_there_are():
-    with pytest.raises(FileNotFoundError, match=r"no recipe 'cifar'; .*cifar10\.yaml, .*imagenet\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"'cifar'.*cifar10\.yaml, .*imagenet\.yaml"):
         read_arguments('--recipe', 'cifar')
 
 
@@ -756,14 +768,14 @@ def test_bad_yaml(tmp_path, capsys):
         read_arguments('--mean', '[0.1')
     assert "argument --mean: '[0.1' is not YAML" in capsys.readouterr().err
     (tmp_path / 'bad.yaml').write_text('{epochs: [')
-    with pytest.raises(ValueError, match=r'recipe .*bad\.yaml is not YAML'):
+    with pytest.raises(ValueError, match=r'bad\.yaml .*YAML'):
         read_recipe(str(tmp_path / 'bad.yaml'))
 
 
 def test_a_recipe_must_not_be_its_own_base(tmp_path):
     (tmp_path / 'a.yaml').write_text('base: b.yaml')
     (tmp_path / 'b.yaml').write_text('base: a.yaml')
-    with pytest.raises(ValueError, match=r'is its own base: a\.yaml -> b\.yaml -> a\.yaml'):
+    with pytest.raises(ValueError, match=r'a\.yaml -> b\.yaml -> a\.yaml'):
         read_recipe(str(tmp_path / 'a.yaml'))
 
 
@@ -824,17 +836,17 @@ class TestPhases:
     def test_a_stopped_run_continues_in_its_phase(self, phased, stop, monkeypatch):
         whole = train(TrainConfig(**phased))
         options = {**phased, 'output_dir': phased['output_dir'] + 'stopped', 'resume': True}
-        epochs, trained = [], trainer._Phase._train_epoch
+        seed_epoch = trainer.seed_epoch
 
-        def interrupted(phase, epoch):
-            if epoch == stop and not epochs:
-                epochs.append(epoch)
+        def interrupted(seed, epoch, rank):
+            if epoch == stop:
                 raise KeyboardInterrupt
-            return trained(phase, epoch)
+            seed_epoch(seed, epoch, rank)
 
-        monkeypatch.setattr(trainer._Phase, '_train_epoch', interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(TrainConfig(**options))
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, 'seed_epoch', interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train(TrainConfig(**options))
         result = train(TrainConfig(**options))
         assert [row['epoch'] for row in result.history] == list(range(stop, 5))
         for name, value in whole.model.state_dict().items():

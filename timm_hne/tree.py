@@ -14,6 +14,10 @@ from collections.abc import Sequence
 
 from .checks import check_integer
 
+# Nodes that a block may have: 64 times those of the paper's largest tree. The time and memory of a model grow with
+# them, so a slip (16384 for 16) would build for minutes.
+MAX_NODES = 1024
+
 
 def validate_nodes(nodes: Sequence[int], num_blocks: int | None = None) -> tuple[int, ...]:
     """Check a sharing scheme and return it as a tuple.
@@ -24,7 +28,8 @@ def validate_nodes(nodes: Sequence[int], num_blocks: int | None = None) -> tuple
 
     Raises:
         TypeError: `nodes` is not a sequence of integers.
-        ValueError: `nodes` has the wrong length, an entry below 1, or an entry that does not divide the next one.
+        ValueError: `nodes` has the wrong length, an entry below 1 or above `MAX_NODES`, or an entry that does not
+            divide the next one.
     """
     if isinstance(nodes, (str, bytes)) or not isinstance(nodes, Sequence):
         raise TypeError(f'nodes must be a tuple of integers, one per block, got {nodes!r}.')
@@ -34,8 +39,8 @@ def validate_nodes(nodes: Sequence[int], num_blocks: int | None = None) -> tuple
     if not nodes or (num_blocks is not None and len(nodes) != num_blocks):
         expected = 'at least one entry' if num_blocks is None else f'{num_blocks} entries, one per block'
         raise ValueError(f'nodes must have {expected}, got {len(nodes)}: {nodes}.')
-    if min(nodes) < 1:
-        raise ValueError(f'nodes must be positive, got {nodes}.')
+    if min(nodes) < 1 or max(nodes) > MAX_NODES:
+        raise ValueError(f'nodes must be from 1 to {MAX_NODES} in every block, got {nodes}.')
     for parents, children in zip(nodes, nodes[1:]):
         if children % parents:
             raise ValueError(f'every entry of nodes must divide the next, not so {parents} and {children}: {nodes}.')

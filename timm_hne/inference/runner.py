@@ -150,6 +150,7 @@ class AdaptiveRunner:
             raise ValueError(f'schedule must stay within {min_members} to {max_members} members, got {self.schedule}.')
         self.input_size = resolve_input_size(model, input_size)
         self.model = model
+        self._modules = tuple(model.modules())  # to ask each for its mode takes less time than to look for it
         self.max_batch_size = max_batch_size
         self.max_queue = max_queue
         self.stats = RunnerStats()
@@ -178,10 +179,18 @@ class AdaptiveRunner:
     @torch.no_grad()
     def _evaluate(self, images: torch.Tensor, num_members: int) -> torch.Tensor:
         weight = next(self.model.parameters())
-        check_ready(self.model)  # somebody may have called model.train() since the start
+        self._check_mode()  # somebody may have called model.train() since the start
         logits = self.model(images.to(weight.device, weight.dtype), num_members=num_members).float().cpu()
-        check_ready(self.model)  # or meanwhile
+        self._check_mode()  # or meanwhile
         return logits
+
+    def _check_mode(self) -> None:
+        """Raise a ValueError if the model, or a part of it alone, is in training mode."""
+        check_ready(self.model)
+        if any(module.training for module in self._modules):
+            part = next((name for name, module in self.model.named_modules() if module.training), 'a part')
+            raise ValueError(
+                f'model must be in evaluation mode, got one with {part} in training mode; call model.eval() first.')
 
     def _measure(self, repeats: int) -> dict[int, dict[int, float]]:
         """Measure powers of two up to the largest batch; medians, made to increase with the batch."""

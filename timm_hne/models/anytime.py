@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from ..checks import check_integer, check_number
 from ..tree import node_span, prefixes
-from .frontier import Frontier, advance, first_frontier
+from .frontier import Frontier, advance, check_tree, first_frontier
 
 # Durations of past steps in seconds, per model, then per (shape, dtype, device, start, stop): what `deadline` goes by.
 _step_times: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -23,15 +23,11 @@ _clock = time.perf_counter
 def check_ready(model: nn.Module) -> None:
     """Make sure that a model can be asked for logits.
 
-    Whatever looks like a hierarchical ensemble is taken for one: an optimised ensemble is none by its class.
-
     Raises:
         TypeError: `model` is no hierarchical ensemble.
         ValueError: It has no classifier, or it is in training mode.
     """
-    if not all(hasattr(model, name) for name in ('training', 'ensemble_size', 'num_classes', 'in_chans')):
-        raise TypeError(
-            f'model must be a hierarchical ensemble (timm_hne.HierarchicalEnsemble), got {type(model).__name__}.')
+    check_tree(model)
     if model.training:
         raise ValueError('model must be in evaluation mode, got one in training mode; call model.eval() first.')
     if model.num_classes == 0:

@@ -17,6 +17,24 @@ import torch.nn as nn
 State = Mapping[str, torch.Tensor]
 
 
+def check_features(x: torch.Tensor, block: 'Block', axis: int) -> None:
+    """Make sure that `x` holds features of some of a block's nodes, their channels side by side.
+
+    Raises:
+        TypeError: It is no tensor, or not one of floating point numbers.
+        ValueError: It is of another shape.
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f'x must be a floating point tensor of feature maps, got {kind}.')
+    channels = x.shape[axis] if -x.dim() <= axis < x.dim() else 0
+    count, rest = divmod(channels, block.out_channels)
+    if rest or not 1 <= count <= block.nodes:
+        raise ValueError(
+            f'x must be feature maps of 1 to {block.nodes} members, {block.out_channels} channels each along axis '
+            f'{axis}, got shape {list(x.shape)}.')
+
+
 class NodeWeights:
     """Weights of `nodes` alike instances: what can be counted, compared, cut and copied node by node.
 
@@ -86,4 +104,9 @@ class Block(NodeWeights, nn.Module):
 
     @abstractmethod
     def split(self, x: torch.Tensor) -> Any:
-        """Return the features that such a tensor holds; the inverse of `merge`."""
+        """Return the features that such a tensor holds; the inverse of `merge`.
+
+        Raises:
+            TypeError: `x` is no floating point tensor.
+            ValueError: It is of another shape.
+        """

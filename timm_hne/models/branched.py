@@ -12,7 +12,7 @@ from timm.layers import SelectAdaptivePool2d, get_device_dtype
 from timm.models import checkpoint
 
 from ..checks import check_integer
-from .block import Block
+from .block import Block, check_features
 from .ensemble import HierarchicalEnsemble
 from .layers import BranchedConv2d, BranchedIdentity, BranchedLinear, BranchedWeights
 
@@ -60,6 +60,7 @@ class BranchedBlock(BranchedWeights, Block, nn.Sequential):
         return x
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
+        check_features(x, self, 1)
         return x
 
 

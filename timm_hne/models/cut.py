@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 
 from .cut_graph import CutError, Layout, StageGraph
+from .cut_trace import ShapesOnly
 
 __all__ = ['CutModel', 'cut_model']
 
@@ -210,7 +211,7 @@ def find_input_size(meta: nn.Module, name: str, img_size: int | tuple[int, int] 
         return candidates[0]
     for candidate in candidates:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), ShapesOnly():
                 meta.eval()(torch.empty(2, *candidate, device='meta', dtype=_dtype(meta)))
             return candidate
         except Exception as failure:
@@ -354,7 +355,7 @@ def _verify(model: nn.Module, chain: CutModel) -> None:
     x = torch.randn(2, *chain.input_size, generator=generator).to(parameter.device, parameter.dtype)
     modes = [(module, module.training) for module in (model, *chain.blocks, chain.head) for module in module.modules()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ShapesOnly():
             expected = x.new_empty(2, model.num_classes) if x.is_meta else model.eval()(x)
             found = x
             for part in (*chain.blocks, chain.head):

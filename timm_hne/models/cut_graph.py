@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch.fx.node import Node, map_arg
 from torch.utils import _pytree as pytree
 
-from .cut_trace import Interpreter, Tracer, UnknownLength, versions
+from .cut_trace import Interpreter, ShapesOnly, Tracer, UnknownLength, versions
 
 # Number of images of the probe, on the meta device. No other size is a multiple of it.
 BATCH = 1009
@@ -127,7 +127,7 @@ class StageGraph:
     def _evaluate(self, graph: torch.fx.Graph) -> Interpreter:
         interpreter = Interpreter(self.model, graph)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), ShapesOnly():
                 interpreter.run(self.images)
         except Exception as error:
             height, width = self.images.shape[2:]

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import get_notrace_functions
 from torch.fx.node import Node
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
@@ -75,6 +77,16 @@ class Tracer(torch.fx.Tracer):
     def _call_method(self, name: str, method: str, *args, **kwargs) -> torch.fx.Proxy:
         module = self.create_proxy('get_attr', name, (), {})
         return self.create_proxy('call_method', method, (module, *args), kwargs)
+
+
+class ShapesOnly(TorchFunctionMode):
+    """Leaves out normalisations on the meta device, where PyTorch does them in Python, slowly: they change no shape."""
+    LEFT_OUT = (F.batch_norm, F.layer_norm, F.group_norm)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.LEFT_OUT and args and args[0].is_meta:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 class Interpreter(torch.fx.Interpreter):

@@ -196,6 +196,10 @@ class HierarchicalEnsemble(nn.Module):
         Returns:
             Logits `(B, num_classes)`, the mean over the n members (Eq. 5). Features `(B, n * F)` with `pre_logits` or
             without a classifier; the feature maps themselves without a pooling.
+
+        Raises:
+            TypeError: `x` is no floating point tensor.
+            ValueError: It is of another shape.
         """
         block = self.blocks[-1]
         x = block.split(x)

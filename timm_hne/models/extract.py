@@ -4,6 +4,7 @@ import copy
 import torch.nn as nn
 
 from ..tree import node_span, validate_num_members
+from .frontier import check_tree
 
 
 def extracted_nodes(nodes: tuple[int, ...], num_members: int) -> tuple[int, ...]:
@@ -32,9 +33,10 @@ def extract(model: nn.Module, num_members: int) -> nn.Module:
         num_members: Number of members n, from 1 to N.
 
     Raises:
-        TypeError: `num_members` is not an integer.
+        TypeError: `model` is no hierarchical ensemble, or `num_members` is not an integer.
         ValueError: `num_members` is not from 1 to N.
     """
+    check_tree(model, itself=True)
     num_members = validate_num_members(num_members, model.ensemble_size)
     leaves = model.nodes[-1]
     nodes = extracted_nodes(model.nodes, num_members)

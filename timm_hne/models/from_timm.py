@@ -16,7 +16,7 @@ from timm.layers import get_notrace_functions
 from timm.models._input import _get_global_pool
 
 from ..checks import check_integer, check_number
-from ..tree import validate_nodes
+from ..tree import MAX_NODES, validate_nodes
 from .cut import CutHead, CutModel, check_model, cut_model
 from .replicated import ReplicatedBlock, ReplicatedEnsemble
 from .weights import NOISE, SOURCES, as_names, grow_weights, node_weights
@@ -89,7 +89,7 @@ class HNEFromTimm(ReplicatedEnsemble):
             raise ValueError(f'init must be one of {", ".join(INITS)}, got {init!r}.')
         check_number('noise', noise, 0)
         check_integer('seed', seed, 0)
-        check_integer('ensemble_size', ensemble_size, 1)
+        check_integer('ensemble_size', ensemble_size, 1, MAX_NODES)
         if nodes is not None:
             validate_nodes(nodes)
         cut = cut_model(model, taps)

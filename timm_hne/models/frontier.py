@@ -14,8 +14,33 @@ from ..tree import node_span
 Frontier = tuple[Any, ...]
 
 
+def check_tree(model: object, itself: bool = False) -> None:
+    """Make sure that a model is a hierarchical ensemble.
+
+    It is known by what it has, as its class is defined further up. So what `optimize_for_inference` returned counts
+    too, which has the interface of its original.
+
+    Args:
+        model: What was given as a model.
+        itself: Take no such stand-in.
+
+    Raises:
+        TypeError: It is none.
+    """
+    owner, names = (type(model), ('parts',)) if itself else (
+        model, ('training', 'ensemble_size', 'num_classes', 'in_chans'))
+    if not all(hasattr(owner, name) for name in names):
+        raise TypeError(
+            f'model must be a hierarchical ensemble (timm_hne.HierarchicalEnsemble), got {type(model).__name__}.')
+
+
 def first_frontier(model: nn.Module, x: torch.Tensor) -> Frontier:
-    """Return the frontier of an evaluation that has not begun: the images `x`, `(B, C, H, W)`."""
+    """Return the frontier of an evaluation that has not begun: the images `x`, `(B, C, H, W)`.
+
+    Raises:
+        TypeError: `model` is no hierarchical ensemble.
+    """
+    check_tree(model)
     return x, *(None for _ in model.nodes[1:])
 
 

@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.models import checkpoint
 
 from ..checks import check_integer
-from .block import Block, NodeWeights, State
+from .block import Block, NodeWeights, State, check_features
 from .ensemble import HierarchicalEnsemble
 
 __all__ = ['ReplicatedBlock', 'ReplicatedEnsemble', 'ReplicatedModules']
@@ -104,6 +104,7 @@ class ReplicatedBlock(ReplicatedModules, Block):
         return torch.cat([f if isinstance(f, torch.Tensor) else f[self.main] for f in x], dim=self.channel_axis)
 
     def split(self, x: torch.Tensor) -> list[Any]:
+        check_features(x, self, self.channel_axis)
         return list(x.split(self.out_channels, dim=self.channel_axis))
 
 

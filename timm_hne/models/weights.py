@@ -12,6 +12,7 @@ import torch.nn as nn
 from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained, resolve_pretrained_cfg
 
 from ..pretrained import CONFIG_NAME, available_weights, check_config, read_weights
+from .frontier import check_tree
 
 __all__ = ['NOISE', 'build_model', 'fit_weights', 'grow_nodes', 'grow_weights', 'load_grown']
 
@@ -271,8 +272,10 @@ def load_grown(model: nn.Module, weights: Mapping[str, torch.Tensor], noise: flo
         noise: Standard deviation of the noise of copies, relative to the root mean square of a tensor.
 
     Raises:
+        TypeError: `model` is no hierarchical ensemble.
         ValueError: They are those of another model, or of a tree from which the model's cannot grow.
     """
+    check_tree(model, itself=True)
     own = PretrainedCfg(num_classes=model.num_classes, input_size=(model.in_chans, 0, 0))
     model.load_state_dict(fit_weights(dict(weights), model, own, noise))
 

@@ -46,6 +46,13 @@ def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _with_lists(value: Any) -> Any:
+    """Return a value as YAML and JSON read it back: with lists for tuples."""
+    if isinstance(value, Mapping):
+        return {key: _with_lists(entry) for key, entry in value.items()}
+    return [_with_lists(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
 @dataclass(frozen=True)
 class RunCheckpoint:
     """A checkpoint of this package's or timm's training, or weights alone.
@@ -229,15 +236,23 @@ class RunCheckpoint:
         if self.args.get('gp') is not None:  # timm's option --gp
             recorded['global_pool'] = self.args['gp']
         kwargs = {**recorded, **kwargs}
+        assumed = {}
         if name.startswith('hne_from_timm'):
             size = self.config.get('input_size') or self.config.get('img_size')
-            if size is not None:
-                kwargs.setdefault('img_size', size if isinstance(size, int) else tuple(size)[-2:])
+            if size is not None and 'img_size' not in kwargs:
+                assumed = {'img_size': size if isinstance(size, int) else tuple(size)[-2:]}
             kwargs['init'] = 'copy'  # all weights are replaced
         try:
-            kwargs.update(read_sizes(weights, create_ensemble(name, device='meta', **kwargs)))
-            model = create_ensemble(name, **kwargs)
-            model.load_state_dict(weights)
+            kwargs.update(read_sizes(weights, create_ensemble(name, device='meta', **kwargs, **assumed)))
+            model = create_ensemble(name, **kwargs, **assumed)
+            try:
+                model.load_state_dict(weights)
+            except RuntimeError:
+                if not assumed:
+                    raise
+                # timm's train.py may have given --img-size to the images alone, of a base that takes any.
+                model = create_ensemble(name, **kwargs)
+                model.load_state_dict(weights)
         except KeyError as error:
             raise ValueError(f'{self.argument} {self.path} is not one of {name}: it lacks {error}.') from error
         except (RuntimeError, ValueError) as error:
@@ -259,7 +274,8 @@ class RunCheckpoint:
         before = {**asdict(TrainConfig()), **self.args}  # a key that is newer than the run had its default
         changed = [
             f'{name} was {before.get(name)!r} and is {value!r}'
-            for name, value in asdict(config).items() if name not in FREE_KEYS and before.get(name) != value
+            for name, value in asdict(config).items()
+            if name not in FREE_KEYS and _with_lists(before.get(name)) != _with_lists(value)
         ]
         if changed:
             raise ValueError(f'the run in {folder} cannot be continued, it differs: {"; ".join(changed)}.')
