@@ -3,12 +3,15 @@ import abc
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from ..checks import check_number
 from ..evaluation.metrics import mutual_information, predictive_entropy
@@ -30,36 +33,48 @@ def _read(self, payload) -> bytes | None:
     if payload is None:
         return None
     if not payload.path:
-        raise gr.Error('The picture must be uploaded as a file.', print_exception=False)
+        raise _error('the picture must be uploaded as a file')
     return Path(payload.path).read_bytes()
+
+
+async def _cache(self, path: str | Path | None) -> str | None:
+    """Refuse an address in the place of an upload: nobody makes this machine fetch something."""
+    if '://' in str(path):
+        raise _error('the picture must be uploaded as a file')
+    return await gr.Image.async_move_resource_to_block_cache(self, path)
 
 
 # Gradio's own component opens the picture itself, and shows what Pillow says of a broken one. This is
 # `class Picture(gr.Image)`, but for the file with types that Gradio would write beside this one.
-Picture = abc.ABCMeta.__new__(
-    type(gr.Image), 'Picture', (gr.Image,), {'preprocess': _read, 'is_template': True, '__module__': __name__})
+Picture = abc.ABCMeta.__new__(type(gr.Image), 'Picture', (gr.Image,), {
+    'preprocess': _read, 'async_move_resource_to_block_cache': _cache, 'is_template': True, '__module__': __name__})
 
 
-def _told(function: Callable) -> Callable:
-    """Let the page show what is wrong with an input in one sentence. Other errors are the server's: it logs them."""
-    def guarded(*args):
-        try:
-            return function(*args)
-        except (ImageError, ValueError, TypeError) as error:
-            raise _error(error) from error
+class _NoRelay:
+    """Refuses requests for what lies on other hosts, which Gradio would fetch for whoever asks (ASGI middleware)."""
 
-    def guarded_steps(*args):
-        try:
-            yield from function(*args)
-        except (ImageError, ValueError, TypeError) as error:
-            raise _error(error) from error
+    def __init__(self, app):
+        self.app = app
 
-    return guarded_steps if function.__name__ == 'anytime' else guarded
+    async def __call__(self, scope, receive, send) -> None:
+        if scope['type'] == 'http' and any(f'{name}=http' in scope['path'].lower() for name in ('file', 'proxy')):
+            await PlainTextResponse('Files of other hosts are not served.', 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
-def _error(error: Exception) -> gr.Error:
-    text = ' '.join(str(error).split())
-    return gr.Error(text[:1].upper() + text[1:], duration=None, print_exception=False)
+@contextmanager
+def _told() -> Iterator[None]:
+    """Let the page show what is wrong with an input, in one sentence. Other errors are the server's: it logs them."""
+    try:
+        yield
+    except (ImageError, ValueError, TypeError) as error:
+        raise _error(error) from error
+
+
+def _error(reason: object) -> gr.Error:
+    text = ' '.join(str(reason).split()).rstrip('.')
+    return gr.Error(f'{text[:1].upper()}{text[1:]}.', print_exception=False)
 
 
 class Page:
@@ -199,6 +214,20 @@ def build(classifier: Classifier, name: str) -> gr.Blocks:
     page = Page(classifier, name)
     page.prepare()
     size = classifier.ensemble_size
+
+    def predict(picture, num_members):
+        with _told():
+            return page.predict(picture, num_members)
+
+    def anytime(picture, seconds):
+        with _told():
+            yield from page.anytime(picture, seconds)
+
+    def spend(milliseconds):
+        with _told():
+            said, num_members = page.budget(milliseconds)
+            return said, gr.skip() if num_members is None else num_members
+
     with gr.Blocks(
             title=f'timm_hne: {name}', analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
         gr.HTML(views.heading(name, classifier))
@@ -237,14 +266,9 @@ def build(classifier: Classifier, name: str) -> gr.Blocks:
                         views.text('The first choice measures this machine; that takes a moment.'), elem_id='bought')
         private = dict(api_visibility='private', show_progress='hidden')
         again = dict(private, trigger_mode='always_last', inputs=[picture, members], outputs=[classes, facts])
-        gr.on([picture.change, members.change], _told(page.predict), **again)
-        run.click(_told(page.anytime), [picture, pause], steps, concurrency_limit=8, **private)
-
-        def spend(milliseconds):
-            said, n = page.budget(milliseconds)
-            return said, gr.skip() if n is None else n
-
-        gr.on([choose.click, budget.submit], _told(spend), budget, [bought, members], **private)
+        gr.on([picture.change, members.change], predict, **again)
+        run.click(anytime, [picture, pause], steps, concurrency_limit=8, **private)
+        gr.on([choose.click, budget.submit], spend, budget, [bought, members], **private)
     return blocks
 
 
@@ -271,5 +295,5 @@ def launch(
     _, url, _ = blocks.launch(
         server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True, share=False,
         ssr_mode=False, mcp_server=False, enable_monitoring=False, run_history=False, pwa=False, footer_links=[],
-        max_file_size=MAX_FILE_SIZE, css=views.CSS)
+        max_file_size=MAX_FILE_SIZE, css=views.CSS, app_kwargs={'middleware': [Middleware(_NoRelay)]})
     return url
