@@ -1,4 +1,4 @@
-"""A Hugging Face Space: the page of `timm-hne app`. The Space's variable MODEL names another model than the packaged."""
+"""A Hugging Face Space: the page of `timm-hne app`. Its variable MODEL names another model than the packaged one."""
 import os
 
 from timm_hne.process import keep_freed_memory
