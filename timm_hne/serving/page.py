@@ -1,5 +1,6 @@
 """The page of `timm-hne app`: a model to try in a browser, made with Gradio."""
 import abc
+import math
 import threading
 import time
 from collections import Counter
@@ -118,9 +119,12 @@ class Page:
             return None, ''
         image, num_members = self.classifier.image(picture)[None], int(num_members)
         with self._busy:
-            begin = time.perf_counter()
-            members = self.classifier.member_logits(image, num_members)
-            seconds = time.perf_counter() - begin
+            # The shorter of two: the first finds the caches full of what reading the picture left there.
+            seconds = math.inf
+            for _ in range(2):
+                begin = time.perf_counter()
+                members = self.classifier.member_logits(image, num_members)
+                seconds = min(seconds, time.perf_counter() - begin)
         logits = members.mean(dim=1)[0]
         top = self.classifier.top(logits, num_members, CLASSES_SHOWN)
         names = Counter(label.name for label in top)
@@ -228,13 +232,16 @@ def build(classifier: Classifier, name: str) -> gr.Blocks:
             said, num_members = page.budget(milliseconds)
             return said, gr.skip() if num_members is None else num_members
 
+    private = dict(api_visibility='private', show_progress='hidden')
     with gr.Blocks(
             title=f'timm_hne: {name}', analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
         gr.HTML(views.heading(name, classifier))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 picture = Picture(label='Picture', type='filepath', height=260, buttons=[], elem_id='picture')
-                gr.Examples(list(map(str, EXAMPLES)), picture, label='or one of these', cache_examples=False)
+                gr.Examples(
+                    list(map(str, EXAMPLES)), picture, label='or one of these', cache_examples=False,
+                    elem_id='examples')
                 members = gr.Slider(
                     1, max(size, 2), value=size, step=1, interactive=size > 1, label='Members evaluated',
                     elem_id='members')
@@ -245,18 +252,19 @@ def build(classifier: Classifier, name: str) -> gr.Blocks:
                 with gr.Tab('Anytime', id='anytime'):
                     gr.HTML(views.text(
                         'A prediction after every step, nothing computed twice: stop whenever you must.'))
-                    with gr.Row(equal_height=True):
+                    with gr.Row():
                         run = gr.Button('Run', variant='primary', min_width=120, scale=1, elem_id='run')
                         pause = gr.Slider(
                             0, 1, value=0.4, step=0.1, label='Pause after each step (s)', scale=2, min_width=160)
                     steps = gr.HTML(views.steps([], classifier.prefixes), elem_id='steps')
                 with gr.Tab('Accuracy and cost', id='cost'):
                     if page.rows:
-                        plot = gr.Plot(lambda n: draw_accuracy(page.rows, n), inputs=members, show_label=False)
-                        plot.elem_id = 'accuracy'
+                        plot = gr.Plot(draw_accuracy(page.rows, size), show_label=False, elem_id='accuracy')
+                        members.change(
+                            lambda n: draw_accuracy(page.rows, n), members, plot, trigger_mode='always_last', **private)
                     else:
                         gr.HTML(views.no_evaluation(name, classifier), elem_id='accuracy')
-                    with gr.Row(equal_height=True):
+                    with gr.Row():
                         budget = gr.Number(
                             value=10, label='Budget for one image (ms)', minimum=0, scale=2, min_width=160,
                             elem_id='budget')
@@ -264,7 +272,6 @@ def build(classifier: Classifier, name: str) -> gr.Blocks:
                             'Choose members', variant='primary', scale=1, min_width=120, elem_id='choose')
                     bought = gr.HTML(
                         views.text('The first choice measures this machine; that takes a moment.'), elem_id='bought')
-        private = dict(api_visibility='private', show_progress='hidden')
         again = dict(private, trigger_mode='always_last', inputs=[picture, members], outputs=[classes, facts])
         gr.on([picture.change, members.change], predict, **again)
         run.click(anytime, [picture, pause], steps, concurrency_limit=8, **private)

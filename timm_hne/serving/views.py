@@ -8,23 +8,24 @@ from .exported import ExportedEnsemble
 
 CSS = '''
 .hne-heading h1 { margin: 0; font-size: 1.4rem; overflow-wrap: anywhere; }
-.hne-heading p, .hne-text { margin: 0.2rem 0; color: var(--body-text-color-subdued); }
-.hne-facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 0.5rem; margin: 0; }
-.hne-facts div { padding: 0.5rem 0.75rem; border: 1px solid var(--border-color-primary); border-radius: 0.5rem; }
+.hne-heading p, .hne-text { margin: 0; opacity: 0.75; }
+.hne-facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.5rem; margin: 0; }
+.hne-facts div { padding: 0.5rem 0.75rem; border: 1px solid var(--border-color-primary); border-radius: 0.25rem; }
 .hne-facts dt, .hne-facts dd { margin: 0; }
-.hne-facts dt, .hne-facts small { font-size: 0.8rem; color: var(--body-text-color-subdued); }
+.hne-facts dt, .hne-facts small { font-size: 0.8rem; opacity: 0.75; }
 .hne-facts dd { font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .hne-facts small { display: block; font-weight: 400; }
-.hne-note { margin: 0.6rem 0 0; padding: 0.5rem 0.75rem; border-left: 3px solid var(--color-accent); }
+.hne-note { margin: 0.75rem 0; padding: 0.5rem 0.75rem; border-left: 3px solid var(--color-accent); }
 .hne-steps { display: grid; gap: 0.6rem; margin: 0; padding: 0; list-style: none; }
 .hne-steps p { display: flex; justify-content: space-between; gap: 0.5rem; margin: 0; font-size: 0.9rem; }
-.hne-steps .bar { height: 1.3rem; border-radius: 0.3rem; background: var(--background-fill-secondary); }
-.hne-steps .bar div { height: 100%; border-radius: 0.3rem; background: var(--color-accent); }
-.hne-steps .waits { opacity: 0.45; }
+.hne-steps .bar { height: 1.3rem; border-radius: 0.25rem; background: var(--border-color-primary); }
+.hne-steps .bar div { height: 100%; border-radius: 0.25rem; background: var(--color-accent); }
+.hne-steps .waits { opacity: 0.5; }
 .hne-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.hne-table th, .hne-table td { padding: 0.25rem 0.5rem; text-align: right; }
-.hne-table tr { border-bottom: 1px solid var(--border-color-primary); }
+.hne-table th, .hne-table td { padding: 0.25rem 0.5rem !important; border: 0 !important; text-align: right !important; }
+.hne-table tr { border-bottom: 1px solid var(--border-color-primary) !important; }
 .hne-table .chosen { background: var(--color-accent-soft); font-weight: 600; }
+#run, #choose { align-self: center; max-height: 3rem; }
 '''
 
 
@@ -89,7 +90,7 @@ def heading(name: str, classifier: Classifier) -> str:
     return (
         f'<div class="hne-heading"><h1>{escape(name)}</h1><p>{classifier.ensemble_size} networks in a tree that share '
         f'their early layers; {classifier.num_classes} classes; images of {height}x{width}'
-        f'{" in grey" * (channels == 1)}; run by {escape(classifier.engine)}</p></div>')
+        f'{" in grey" * (channels == 1)}; engine: {escape(classifier.engine)}</p></div>')
 
 
 def facts(values: Facts) -> str:
@@ -97,10 +98,9 @@ def facts(values: Facts) -> str:
     n, share = values.num_members, values.macs / values.all_macs
     entries = [
         ('Time of the network', f'{values.milliseconds:.1f} ms', f'{n} of {count(values.ensemble_size)}'),
-        ('MACs', macs(values.macs), f'{share:.0%} of those of all members'),
-        ('Agreement', f'{values.votes} of {n}', 'members vote for the first class'),
-        ('Uncertainty', f'{values.entropy:.2f} nats', 'predictive entropy'),
-        ('Disagreement', f'{values.disagreement:.3f} nats', 'mutual information of the members'),
+        ('MACs', macs(values.macs), f'{share:.0%} of all members'),
+        ('Agreement', f'{values.votes} of {n}', f'member{"s" * (n > 1)} vote{"s" * (n == 1)} for the first class'),
+        ('Uncertainty', f'{values.entropy:.2f} nats', f'entropy; {values.disagreement:.3f} of it mutual information'),
     ]
     return '<dl class="hne-facts">' + ''.join(
         f'<div><dt>{term}</dt><dd>{value}<small>{note}</small></dd></div>' for term, value, note in entries) + '</dl>'
