@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 SPACE = ROOT / 'hub_cards' / 'space'
 MODEL = 'hne_resnet50_c8'
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+PICTURE = ROOT / 'hub_cards' / 'hne_resnet50_c8.hcd_cifar10' / 'accuracy.png'  # a file that nobody uploaded
 WINDOWS = {'wide': (1280, 900), 'phone': (390, 844)}
 
 needs_gradio = pytest.mark.skipif(find_spec('gradio') is None, reason="needs gradio: pip install 'timm-hne[app]'")
@@ -96,10 +97,11 @@ def test_classes_and_facts_are_the_models(page, classifier, cat, num_members):
 
 
 @needs_gradio
-def test_an_unusual_picture_is_named(page, classifier):
-    shown, facts = page.predict(encode(Image.fromarray(noise((32, 32, 3)) // 8 + 112)), 16)
-    assert next(iter(shown.values())) < classifier.usual_confidence(16)
-    assert 'Unsure' in facts and 'airplane, automobile' in facts
+def test_an_unusual_picture_is_named(page, page_module, classifier, cat):
+    assert 'Unsure' not in page.predict(cat, 16)[1]
+    strict = Classifier(classifier.model, classifier.macs, {16: dict(top1=90., temperature=1., usual_confidence=0.9)})
+    facts = page_module.Page(strict, MODEL).predict(cat, 16)[1]
+    assert 'Unsure' in facts and 'get 90% or more' in facts and 'airplane, automobile' in facts
 
 
 @needs_gradio
@@ -274,9 +276,9 @@ def fetch(url, data=None):
 def test_it_is_bound_to_this_machine_alone(server):
     port = int(re.fullmatch(r'http://127\.0\.0\.1:(\d+)/', server)[1])
     for address in {'127.0.0.2', *socket.gethostbyname_ex(socket.gethostname())[2]} - {'127.0.0.1'}:
-        with pytest.raises(OSError), socket.socket() as other:
-            other.bind(('', 0))
-            socket.create_connection((address, port), timeout=2)
+        with socket.socket() as visitor:
+            visitor.settimeout(2)
+            assert visitor.connect_ex((address, port)), address
 
 
 @needs_gradio
@@ -300,7 +302,7 @@ def test_it_fetches_nothing_for_others(server):
 
 
 @needs_gradio
-@pytest.mark.parametrize('path', ['/etc/passwd', str(ROOT / 'docs' / 'results' / 'load' / 'load.png'), 'https://example.org/a.png'])
+@pytest.mark.parametrize('path', ['/etc/passwd', str(PICTURE), '../' * 20 + str(PICTURE), 'https://example.org/a.png'])
 @pytest.mark.parametrize('meta', [True, False])
 def test_a_client_cannot_name_a_file_of_the_server_as_its_picture(server, path, meta):
     config = json.loads(fetch(server + 'config')[1])
@@ -313,8 +315,7 @@ def test_a_client_cannot_name_a_file_of_the_server_as_its_picture(server, path, 
     assert status == 200
     _, events = fetch(f'{server}gradio_api/queue/data?session_hash={session}')
     final = json.loads(re.findall(rb'data: (.*"process_completed".*)', events)[0])
-    assert final['success'] is False and 'confidences' not in events.decode()
-    assert b'root:' not in events
+    assert final['success'] is False and b'confidences' not in events and b'root:' not in events
 
 
 @needs_gradio
@@ -421,7 +422,7 @@ def test_a_picture_and_the_slider(visit, page, cat, page_module):
 @needs_browser
 @needs_gradio
 def test_an_example_and_the_anytime_tab(visit, page, page_module):
-    visit.page.locator('#examples button, .gallery button, .gallery-item').nth(
+    visit.page.locator('#examples .gallery-item').nth(
         [path.stem for path in page_module.EXAMPLES].index('horse')).click()
     visit.expect(visit.page.locator('#classes')).to_contain_text('horse')
     visit.tab('Anytime')

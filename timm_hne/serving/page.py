@@ -30,10 +30,14 @@ KEPT_SECONDS = 3600  # uploads are deleted after that
 
 
 def _read(self, payload) -> bytes | None:
-    """Return the bytes of an upload. Gradio has made sure that it is one, and no other file of this machine."""
+    """Return the bytes of an upload, and of no other file of this machine.
+
+    Gradio makes sure of that for files that are marked as such, and a client may leave out the mark.
+    """
     if payload is None:
         return None
-    if not payload.path:
+    folder = Path(self.GRADIO_CACHE).resolve()
+    if not payload.path or not Path(payload.path).resolve().is_relative_to(folder):
         raise _error('the picture must be uploaded as a file')
     return Path(payload.path).read_bytes()
 
