@@ -372,7 +372,7 @@ class Visit:
         self.page.set_input_files('#picture input[type=file]', str(path))
 
     def clear(self):
-        self.page.locator('#picture').get_by_label('Clear').click()
+        self.page.locator('#picture').get_by_label('Remove Image').click()
 
     def classes(self):
         """Return the classes on the page with their percentages, in order."""

@@ -259,7 +259,7 @@ def build(classifier: Classifier, name: str) -> gr.Blocks:
                     with gr.Row():
                         run = gr.Button('Run', variant='primary', min_width=120, scale=1, elem_id='run')
                         pause = gr.Slider(
-                            0, 1, value=0.4, step=0.1, label='Pause after each step (s)', scale=2, min_width=160)
+                            0, 1, value=0.4, step=0.1, label='Pause (s)', scale=2, min_width=160)
                     steps = gr.HTML(views.steps([], classifier.prefixes), elem_id='steps')
                 with gr.Tab('Accuracy and cost', id='cost'):
                     if page.rows:
@@ -272,8 +272,7 @@ def build(classifier: Classifier, name: str) -> gr.Blocks:
                         budget = gr.Number(
                             value=10, label='Budget for one image (ms)', minimum=0, scale=2, min_width=160,
                             elem_id='budget')
-                        choose = gr.Button(
-                            'Choose members', variant='primary', scale=1, min_width=120, elem_id='choose')
+                        choose = gr.Button('Choose', variant='primary', scale=1, min_width=120, elem_id='choose')
                     bought = gr.HTML(
                         views.text('The first choice measures this machine; that takes a moment.'), elem_id='bought')
         again = dict(private, trigger_mode='always_last', inputs=[picture, members], outputs=[classes, facts])

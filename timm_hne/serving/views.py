@@ -21,11 +21,13 @@ CSS = '''
 .hne-steps .bar { height: 1.3rem; border-radius: 0.25rem; background: var(--border-color-primary); }
 .hne-steps .bar div { height: 100%; border-radius: 0.25rem; background: var(--color-accent); }
 .hne-steps .waits { opacity: 0.5; }
-.hne-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.hne-table { width: 100%; border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .hne-table th, .hne-table td { padding: 0.25rem 0.5rem !important; border: 0 !important; text-align: right !important; }
 .hne-table tr { border-bottom: 1px solid var(--border-color-primary) !important; }
 .hne-table .chosen { background: var(--color-accent-soft); font-weight: 600; }
 #run, #choose { align-self: center; max-height: 3rem; }
+.html-container { padding: 0 !important; }
+@media (max-width: 40rem) { #picture { height: 200px !important; } }
 '''
 
 
