@@ -505,7 +505,8 @@ def test_the_command_serves_until_it_is_interrupted():
 @needs_gradio
 @pytest.mark.parametrize(('options', 'message'), [
     (['no_such_model'], 'no_such_model'), (['hne_resnet50_c16'], 'no pretrained weights'),
-    (['--port', '1', '--host', '192.0.2.1'], 'port'), ([str(ROOT / 'README.md')], 'README.md'),
+    (['--host', '192.0.2.1'], '192.0.2.1: Cannot assign'), (['--host', 'no.host.invalid'], 'no.host.invalid: '),
+    (['--port', '65536'], 'port must be from 1 to 65535, got 65536'), ([str(ROOT / 'README.md')], 'README.md'),
 ])
 def test_errors_of_the_command(capsys, options, message):
     with pytest.raises(SystemExit) as error:
@@ -513,6 +514,13 @@ def test_errors_of_the_command(capsys, options, message):
     assert error.value.code == 1
     printed = capsys.readouterr().err
     assert message in printed and printed.count('\n') == 1
+
+
+@needs_gradio
+def test_a_port_that_is_taken(capsys):
+    with socket.create_server(('127.0.0.1', 0)) as other, pytest.raises(SystemExit):
+        main(['app', '--port', str(other.getsockname()[1])])
+    assert 'cannot be bound to 127.0.0.1:' in capsys.readouterr().err
 
 
 def test_without_gradio_the_command_says_what_to_install(capsys, monkeypatch):

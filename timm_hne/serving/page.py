@@ -1,6 +1,7 @@
 """The page of `timm-hne app`: a model to try in a browser, made with Gradio."""
 import abc
 import math
+import socket
 import threading
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ import torch
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from ..checks import check_number
+from ..checks import check_integer, check_number
 from ..evaluation.metrics import mutual_information, predictive_entropy
 from ..evaluation.plots import draw_accuracy
 from ..inference.latency import LatencyTable
@@ -284,7 +285,7 @@ def build(classifier: Classifier, name: str) -> gr.Blocks:
 
 def launch(
         blocks: gr.Blocks,
-        host: str | None = '127.0.0.1',
+        host: str = '127.0.0.1',
         port: int | None = None,
         browser: bool = False,
 ) -> str:
@@ -300,8 +301,17 @@ def launch(
         The address of the page.
 
     Raises:
-        OSError: The port is taken.
+        OSError: The address is not this machine's, or the port is taken.
+        ValueError: `port` is none.
     """
+    if port is not None:
+        check_integer('port', port, 1, 65535)
+    try:  # Gradio's own messages are about its settings
+        family = socket.AF_INET6 if ':' in host else socket.AF_INET
+        socket.create_server((host.strip('[]'), port or 0), family=family).close()
+    except OSError as error:
+        where = host if port is None else f'{host}:{port}'
+        raise OSError(f'the page cannot be bound to {where}: {error.strerror}.') from error
     _, url, _ = blocks.launch(
         server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True, share=False,
         ssr_mode=False, mcp_server=False, enable_monitoring=False, run_history=False, pwa=False, footer_links=[],
