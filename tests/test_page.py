@@ -464,8 +464,15 @@ def test_the_budget_tab_sets_the_slider(visit, cat, page_module):
     visit.expect(slider).to_have_value(members)
     assert bought.locator('.chosen').inner_text().split()[0] == members
     assert visit.overflow() <= 0
+    before = bought.inner_text()
+    visit.page.locator('#measure').click()
+    visit.expect(bought).not_to_have_text(before, use_inner_text=True)
+    number.fill('1000')
+    visit.page.locator('#choose').click()
+    visit.expect(bought).to_contain_text('1000 ms buy 16 members')
+    visit.expect(slider).to_have_value('16')
     visit.tab('Predict')
-    visit.expect(visit.page.locator('#facts')).to_contain_text(f'{members} of 16 members')
+    visit.expect(visit.page.locator('#facts')).to_contain_text('16 of 16 members')
 
 
 @needs_browser
@@ -573,9 +580,9 @@ def main_picture():
         visit.page.wait_for_timeout(1000)  # transitions
         path = ROOT / 'docs' / 'images' / 'page.png'
         path.parent.mkdir(exist_ok=True)
-        visit.page.screenshot(path=path)
+        visit.page.screenshot(path=path, clip=dict(x=0, y=0, width=1280, height=600))
     image = Image.open(path).convert('RGB')
-    image.quantize(128).save(path, optimize=True)
+    image.quantize(256).save(path, optimize=True)
     blocks.close()
 
 

@@ -1,5 +1,6 @@
 """The page of `timm-hne app`: a model to try in a browser, made with Gradio."""
 import abc
+import functools
 import math
 import socket
 import threading
@@ -232,9 +233,9 @@ def build(classifier: Classifier, name: str) -> gr.Blocks:
         with _told():
             yield from page.anytime(picture, seconds)
 
-    def spend(milliseconds):
+    def spend(milliseconds, again=False):
         with _told():
-            said, num_members = page.budget(milliseconds)
+            said, num_members = page.budget(milliseconds, again)
             return said, gr.skip() if num_members is None else num_members
 
     private = dict(api_visibility='private', show_progress='hidden')
@@ -276,10 +277,12 @@ def build(classifier: Classifier, name: str) -> gr.Blocks:
                         choose = gr.Button('Choose', variant='primary', scale=1, min_width=120, elem_id='choose')
                     bought = gr.HTML(
                         views.text('The first choice measures this machine; that takes a moment.'), elem_id='bought')
+                    measure = gr.Button('Measure again', size='sm', elem_id='measure')
         again = dict(private, trigger_mode='always_last', inputs=[picture, members], outputs=[classes, facts])
         gr.on([picture.change, members.change], predict, **again)
         run.click(anytime, [picture, pause], steps, concurrency_limit=8, **private)
         gr.on([choose.click, budget.submit], spend, budget, [bought, members], **private)
+        measure.click(functools.partial(spend, again=True), budget, [bought, members], **private)
     return blocks
 
 

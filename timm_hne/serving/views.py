@@ -23,7 +23,7 @@ CSS = '''
 .hne-steps .waits { opacity: 0.5; }
 .hne-table { width: 100%; border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .hne-table th, .hne-table td { padding: 0.25rem 0.5rem !important; border: 0 !important; text-align: right !important; }
-.hne-table tr { border-bottom: 1px solid var(--border-color-primary) !important; }
+.hne-table tr { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }
 .hne-table .chosen { background: var(--color-accent-soft); font-weight: 600; }
 #run, #choose { align-self: center; max-height: 3rem; }
 .html-container { padding: 0 !important; }
