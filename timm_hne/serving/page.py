@@ -281,8 +281,10 @@ def build(classifier: Classifier, name: str) -> gr.Blocks:
         again = dict(private, trigger_mode='always_last', inputs=[picture, members], outputs=[classes, facts])
         gr.on([picture.change, members.change], predict, **again)
         run.click(anytime, [picture, pause], steps, concurrency_limit=8, **private)
-        gr.on([choose.click, budget.submit], spend, budget, [bought, members], **private)
-        measure.click(functools.partial(spend, again=True), budget, [bought, members], **private)
+        # In the order of the clicks.
+        buys = dict(private, show_progress='minimal', concurrency_id='budget', inputs=budget, outputs=[bought, members])
+        gr.on([choose.click, budget.submit], spend, **buys)
+        measure.click(functools.partial(spend, again=True), **buys)
     return blocks
 
 
