@@ -25,6 +25,7 @@ from PIL import Image
 
 from timm_hne.__main__ import main
 from timm_hne.evaluation import metrics
+from timm_hne.evaluation.plots import draw_accuracy
 from timm_hne.inference.deploy import export_folder
 from timm_hne.inference.latency import LatencyTable
 from timm_hne.serving import Classifier
@@ -217,7 +218,7 @@ def test_other_models(page_module, classifier, cat, kind, tmp_path):
     """An exported folder is measured as well; whose accuracy is not known is told what to run."""
     if kind == 'exported':
         pytest.importorskip('onnxruntime')
-        export_folder(classifier.model, tmp_path / 'net', num_members=(1, 4))
+        export_folder(classifier.model, tmp_path / 'net', schedule=(1, 4, 16))
         other = Classifier.open(tmp_path / 'net')
     else:
         other = Classifier(classifier.model, classifier.macs)
@@ -233,6 +234,15 @@ def test_other_models(page_module, classifier, cat, kind, tmp_path):
     assert page.rows == [] and ('exported folder' if kind == 'exported' else 'timm-hne eval net') in text
     config = page_module.build(other, 'net').get_config_file()
     assert any(text == part['props'].get('value') for part in config['components'])
+
+
+def test_the_members_chosen_are_marked_in_the_plot():
+    pytest.importorskip('matplotlib')
+    rows = [{'num_members': n, 'macs': 1e7 * n, 'top1': 80 + n} for n in (1, 2, 3, 4)]
+    assert len(draw_accuracy(rows).axes[0].lines) == len(draw_accuracy(rows, 9).axes[0].lines) == 1
+    line, mark = draw_accuracy(rows, 3).axes[0].lines
+    assert line.get_xydata().tolist() == [[10, 81], [20, 82], [30, 83], [40, 84]]
+    assert mark.get_xydata().tolist() == [[30, 83]]
 
 
 # The server.
