@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_ensemble
 
 from timm_hne.__main__ import main
 from timm_hne.evaluation import metrics
@@ -213,27 +214,39 @@ def test_names_that_a_stranger_chose(page_module, cat):
 
 
 @needs_gradio
-@pytest.mark.parametrize('kind', ['exported', 'without evaluation'])
-def test_other_models(page_module, classifier, cat, kind, tmp_path):
-    """An exported folder is measured as well; whose accuracy is not known is told what to run."""
-    if kind == 'exported':
-        pytest.importorskip('onnxruntime')
-        export_folder(classifier.model, tmp_path / 'net', schedule=(1, 4, 16))
-        other = Classifier.open(tmp_path / 'net')
-    else:
-        other = Classifier(classifier.model, classifier.macs)
-    page = page_module.Page(other, 'net')
-    shown, facts = page.predict(cat, 3)
-    expected, _ = page_module.Page(classifier, MODEL).predict(cat, 3)
-    assert list(shown) == list(expected)
-    assert f'{other.macs[4 if kind == "exported" else 3] / 1e6:.1f} M' in facts
-    assert len(list(page.anytime(cat))) == len(other.prefixes)
+def test_an_exported_folder(page_module, cat, tmp_path):
+    """Between two numbers of its schedule it takes what the higher one takes."""
+    pytest.importorskip('onnxruntime')
+    model = tiny_ensemble((1, 2, 4))
+    export_folder(model, tmp_path / 'net', (3, 8, 8), schedule=(1, 4))
+    exported = Classifier.open(tmp_path / 'net')
+    page = page_module.Page(exported, 'net')
+    for num_members in (1, 2, 3, 4):
+        shown, _ = page.predict(cat, num_members)
+        with torch.no_grad():
+            probabilities = model(exported.image(cat)[None], num_members=num_members)[0].softmax(dim=-1)
+        assert {int(name): value for name, value in shown.items()} == pytest.approx(
+            dict(enumerate(probabilities.tolist())), abs=1e-4)
+        assert page.macs(num_members) == exported.macs[1 if num_members == 1 else 4]
+    assert len(list(page.anytime(cat))) == 2
     said, bought = page.budget(10_000)
-    assert bought == other.ensemble_size and '%' not in said
-    text = page_module.views.no_evaluation('net', other)
-    assert page.rows == [] and ('exported folder' if kind == 'exported' else 'timm-hne eval net') in text
-    config = page_module.build(other, 'net').get_config_file()
-    assert any(text == part['props'].get('value') for part in config['components'])
+    assert bought == 4 and said.count('<tr') == 3
+    assert_no_accuracy(page, page_module, 'An exported folder holds no evaluation.')
+
+
+@needs_gradio
+def test_a_model_without_an_evaluation_is_told_what_to_run(page_module, classifier):
+    page = page_module.Page(Classifier(classifier.model, classifier.macs), 'net')
+    said, bought = page.budget(10_000)
+    assert bought == 16 and '%' not in said
+    assert_no_accuracy(page, page_module, '`timm-hne eval net --output evaluation.json`')
+
+
+def assert_no_accuracy(page, page_module, words):
+    """The page has a sentence in the place of the plot."""
+    parts = page_module.build(page.classifier, 'net').get_config_file()['components']
+    assert page.rows == [] and not [part for part in parts if part['type'] == 'plot']
+    assert words in next(part for part in parts if part['props'].get('elem_id') == 'accuracy')['props']['value']
 
 
 def test_the_members_chosen_are_marked_in_the_plot():

@@ -22,6 +22,7 @@ from ..evaluation.plots import draw_accuracy
 from ..inference.latency import LatencyTable
 from . import views
 from .classifier import Classifier, ImageError
+from .exported import ExportedEnsemble
 
 __all__ = ['EXAMPLES', 'Page', 'build', 'launch']
 
@@ -107,8 +108,10 @@ class Page:
         self.classifier.warm_up()
 
     def macs(self, num_members: int) -> int:
-        """Return the MACs of n members; an exported model computes up to the next number of its schedule."""
-        return next(macs for n, macs in sorted(self.classifier.macs.items()) if n >= num_members)
+        """Return the MACs that evaluating n members takes."""
+        if isinstance(self.classifier.model, ExportedEnsemble):  # which goes on to the next number of its schedule
+            num_members = next(n for n in self.classifier.prefixes if n >= num_members)
+        return self.classifier.macs[num_members]
 
     def predict(self, picture: bytes | None, num_members: int) -> tuple[dict[str, float] | None, str]:
         """Return the probabilities of the first classes by their names, and what else is to be said, as HTML.
