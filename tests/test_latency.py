@@ -13,9 +13,10 @@ import timm_hne
 from timm_hne import process
 from timm_hne.__main__ import main
 from timm_hne.evaluation.cost import member_macs
-from timm_hne.inference import latency
+from timm_hne.inference import export_folder, latency
 from timm_hne.inference.latency import LatencyTable
 from timm_hne.inference.optimize import optimize_for_inference
+from timm_hne.serving import ExportedEnsemble
 
 
 @pytest.fixture
@@ -65,6 +66,20 @@ def test_an_optimised_model_has_the_same_macs(kind):
     assert table.macs == {n: macs[n] for n in (1, 2, 4)}
     assert (table.model, table.dtype, table.mode) == (type(model).__name__, 'bfloat16', 'eager')
     assert all(ms > 0 for ms in table.latency_ms[1].values())
+
+
+def test_an_exported_model_says_what_it_costs(tmp_path):
+    pytest.importorskip('onnxruntime')
+    model = tiny_ensemble()
+    export_folder(model, tmp_path / 'net', (3, 8, 8))
+    exported = ExportedEnsemble.load(tmp_path / 'net')
+    table = LatencyTable.measure(exported, batch_sizes=(1,), repeats=1)
+    macs = member_macs(model, 8)
+    assert table.macs == {n: macs[n] for n in (1, 2, 4)}
+    assert (table.nodes, table.input_size) == ((1, 2, 4), (3, 8, 8))
+    assert all(ms > 0 for ms in table.latency_ms[1].values())
+    table.save(tmp_path / 'table.json')
+    assert LatencyTable.load(tmp_path / 'table.json', model=exported) == table
 
 
 def test_a_model_that_create_model_has_built_has_its_name():

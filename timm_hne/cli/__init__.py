@@ -15,6 +15,7 @@ COMMANDS = {
     'eval': ('evaluate', 'measure accuracy, diversity and calibration for every number of members'),
     'plot': ('plot', "draw the paper's figures and Table 1 from evaluations"),
     'predict': ('predict', 'print the labels of image files, at a cost of your choice'),
+    'app': ('app', 'open a page to try a model in the browser'),
     'bench': ('bench', 'measure the latency of every number of members on this machine'),
     'export': ('export', 'write a folder that runs without PyTorch, or one program per number of members'),
     'publish': ('publish', 'publish a checkpoint on the Hugging Face Hub'),

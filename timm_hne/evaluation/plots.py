@@ -5,15 +5,15 @@ from typing import Any
 
 from ..tree import prefixes
 
-__all__ = ['plot_accuracy']
+__all__ = ['draw_accuracy', 'plot_accuracy']
 
 
-def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Draw top-1 accuracy against MACs as a PNG file; the powers of two are labelled.
+def draw_accuracy(rows: Sequence[Mapping[str, Any]], chosen: int | None = None):
+    """Return a figure of top-1 accuracy against MACs; the powers of two are labelled.
 
     Args:
         rows: The `members` of an evaluation, or some of them.
-        path: File to write.
+        chosen: Number of members that is marked; none if None.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -26,6 +26,9 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) ->
     axes = figure.subplots()
     macs = [row['macs'] / 1e6 for row in rows]
     axes.plot(macs, [row['top1'] for row in rows], marker='o')
+    for row, x in zip(rows, macs):
+        if row['num_members'] == chosen:
+            axes.plot([x], [row['top1']], marker='o', markersize=14, fillstyle='none', color='C1', markeredgewidth=2)
     points = prefixes(max(row['num_members'] for row in rows))
     for row, x in zip(rows, macs):
         if row['num_members'] in points:
@@ -37,5 +40,18 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) ->
     axes.set_xticks([], minor=True)
     axes.margins(x=0.16, y=0.15)
     axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Draw top-1 accuracy against MACs as a PNG file; see `draw_accuracy`.
+
+    Args:
+        rows: The `members` of an evaluation, or some of them.
+        path: File to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     # No version in the file: same results, same bytes.
-    figure.savefig(path, format='png', dpi=120, metadata={'Software': None})
+    draw_accuracy(rows).savefig(path, format='png', dpi=120, metadata={'Software': None})

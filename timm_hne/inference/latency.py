@@ -36,6 +36,11 @@ def _plain(model: HierarchicalEnsemble | OptimizedEnsemble) -> HierarchicalEnsem
     return model.model if isinstance(model, OptimizedEnsemble) else model
 
 
+def _count_macs(model: HierarchicalEnsemble | OptimizedEnsemble, img_size: tuple[int, int]) -> dict[int, int]:
+    # An exported ensemble has no layers to count; it knows what it costs.
+    return model.macs if hasattr(model, 'macs') else member_macs(_plain(model), img_size)
+
+
 def _checked(values: dict[str, Any]) -> 'LatencyTable':
     """Return the table that a file holds; a TypeError, KeyError or ValueError says what is wrong with it."""
     for name in ('model', 'mode', 'dtype'):
@@ -101,7 +106,8 @@ class LatencyTable:
         """Time a model: for every batch size all numbers of members in turn, `repeats` times.
 
         Args:
-            model: Any hierarchical ensemble in evaluation mode, or what `optimize_for_inference` returned.
+            model: Any hierarchical ensemble in evaluation mode, what `optimize_for_inference` returned, or a
+                `timm_hne.serving.ExportedEnsemble`.
             input_size: Channels, height and width; the model's own if None.
             batch_sizes: Numbers of images of a batch.
             device: Where to measure; the model is moved there. Where it is if None.
@@ -124,7 +130,7 @@ class LatencyTable:
         if device is not None:
             model = model.to(device)
         weight = next(model.parameters())
-        macs = member_macs(_plain(model), input_size[1:])
+        macs = _count_macs(model, input_size[1:])
         image_dtype = model.output_dtype if isinstance(model, OptimizedEnsemble) else weight.dtype
         latency_ms: dict[int, dict[int, float]] = {}
         # The largest first: what an optimised model measures, it measures with the first batches it meets.
@@ -223,7 +229,7 @@ class LatencyTable:
                 del found['mode']
             other = {key: value for key, value in found.items() if getattr(table, key) != value}
             if not other:  # another width, or other classes
-                macs = member_macs(_plain(model), table.input_size[1:])
+                macs = _count_macs(model, table.input_size[1:])
                 other = {} if table.macs.items() <= macs.items() else {'macs': macs}
             if other:
                 raise ValueError(
