@@ -10,7 +10,7 @@ PAGE = ROOT / 'docs' / 'architecture.md'
 BEGIN, END = '<!-- python docs/imports.py -->\n', '<!-- end -->'
 
 # From the bottom to the top: each imports those before it only. 'basics' are the modules directly in timm_hne.
-ORDER = ('basics', 'models', 'training', 'evaluation', 'inference', 'hub', 'cli', 'timm_hne')
+ORDER = ('basics', 'models', 'training', 'evaluation', 'inference', 'hub', 'serving', 'cli', 'timm_hne')
 
 
 def read_imports() -> dict[str, set[str]]:

@@ -49,6 +49,7 @@ _PACKAGES = {
     'inference': (
         'AdaptiveRunner', 'LatencyTable', 'calibrate_threshold', 'early_exit', 'optimize_for_inference', 'quantize'),
     'models': ('HNEFromTimm', 'HNEMobileNetV2', 'HNEResNet', 'HierarchicalEnsemble', 'hierarchize'),
+    'serving': (),
     'training': ('HNELoss', 'HNETask'),
 }
 _HOMES = {name: package for package, names in _PACKAGES.items() for name in names}

@@ -1,6 +1,8 @@
 """Opening image files and converting them, for training, evaluation and prediction alike."""
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from os import PathLike
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -8,8 +10,9 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
+from timm.data.readers.img_extensions import is_img_extension
 
-__all__ = ['UNREADABLE', 'convert_image', 'load_image', 'open_image']
+__all__ = ['UNREADABLE', 'convert_image', 'find_images', 'load_image', 'open_image']
 
 # What Pillow's decoders raise on broken files, and `convert_image` on images that nothing says how to show.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -39,14 +42,39 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def open_image(file: str | PathLike | BinaryIO, mode: str) -> Image.Image:
+def open_image(
+        file: str | PathLike | BinaryIO,
+        mode: str,
+        check: Callable[[tuple[int, int]], None] | None = None,
+        formats: Sequence[str] | None = None,
+) -> Image.Image:
     """Read an image file and convert it as `convert_image` does.
+
+    Args:
+        file: Path, or an open file.
+        mode: 'L' for grey, 'RGB' for colours.
+        check: Is given width and height before anything is decoded, and raises what it will.
+        formats: Formats that are tried, in Pillow's names; all if None.
 
     Raises:
         OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError: It cannot be read, see `UNREADABLE`.
     """
-    with Image.open(file) as image:
+    with Image.open(file, formats=formats) as image:
+        if check is not None:
+            check(image.size)
         return convert_image(image, mode)
+
+
+def find_images(folder: str | PathLike) -> list[Path]:
+    """Return the image files in a folder and those below it, by timm's list of extensions, sorted.
+
+    Raises:
+        OSError: There are none.
+    """
+    files = sorted(path for path in Path(folder).rglob('*') if is_img_extension(path.suffix.lower()))
+    if not files:
+        raise OSError(f'folder {folder} holds no images.')
+    return files
 
 
 def load_image(path: str | PathLike, model: nn.Module) -> torch.Tensor:

@@ -261,6 +261,27 @@ class Runtime:
             if not len(active):
                 return result
 
+    def steps_between(self, start: int, stop: int) -> range:
+        """Return the steps, for `step`, that lead from `start` members, a number of `schedule` or 0, to `stop` or more.
+        """
+        first = sum(n <= start for n in self.schedule)
+        return range(first, first if stop <= start else 1 + sum(n < stop for n in self.schedule))
+
+    def step(self, index: int, features: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Take one step of the evaluation.
+
+        Args:
+            index: Number of the step, from 0.
+            features: What the step before returned; `{'images': images}` before the first, in single precision.
+
+        Returns:
+            The logits of the members that are new, `(B, n, num_classes)`, and the features that the next step needs.
+            The images lie along the first axis of each.
+        """
+        step, session = self._steps[index]
+        new = dict(zip(step['new'], session.run({name: features[name] for name in step['inputs']})))
+        return new['logits'], {name: new[name] if name in new else features[name] for name in step['frontier']}
+
     def _check(self, images: np.ndarray) -> np.ndarray:
         image = self.manifest['image']
         if not isinstance(images, np.ndarray) or images.dtype not in (np.float32, np.float64, np.float16):
@@ -278,7 +299,7 @@ class Runtime:
     def _run(self, images: np.ndarray, deadline: float | None):
         """Yield all members' logits so far with their number; whoever sends a mask goes on with these images only."""
         features, members, spent = {'images': images}, None, 0.
-        for step, session in self._steps:
+        for index, (step, _) in enumerate(self._steps):
             start, stop = step['start'], step['stop']
             key = (*features[step['inputs'][0]].shape, stop)
             past = self._times[key]
@@ -291,12 +312,10 @@ class Runtime:
                         past.popleft()
                     return
             begin = _clock()
-            outputs = session.run({name: features[name] for name in step['inputs']})
+            logits, features = self.step(index, features)
             past.append(_clock() - begin)
             spent += past[-1]
-            new = dict(zip(step['new'], outputs))
-            members = new['logits'] if members is None else np.concatenate([members, new['logits']], axis=1)
-            features = {name: new[name] if name in new else features[name] for name in step['frontier']}
+            members = logits if members is None else np.concatenate([members, logits], axis=1)
             stay = yield members, stop
             if stay is not None and not stay.all():
                 members = members[stay]

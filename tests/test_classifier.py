@@ -1,0 +1,316 @@
+"""The classifier that page, service and command share: every kind of name, every kind of image."""
+import argparse
+import io
+import threading
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from test_hub import put, results_of, trained_model
+from timm.utils import CheckpointSaver
+
+import timm_hne
+from timm_hne.evaluation.cost import member_macs
+from timm_hne.hub import write_folder
+from timm_hne.images import load_image
+from timm_hne.inference.deploy import export_folder
+from timm_hne.serving import Classifier, ExportedEnsemble
+from timm_hne.serving.classifier import FORMATS, ImageError
+
+NODES = (1, 1, 2, 2, 4)
+LABELS = ['ant', 'bee', 'cow', 'dog', 'eel', 'fox', 'gnu', 'hen', 'ibex', 'jay']
+
+
+def encode(image, format='PNG', **kwargs):
+    file = io.BytesIO()
+    image.save(file, format, **kwargs)
+    return file.getvalue()
+
+
+def noise(width=50, height=40, channels=3):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(pixels.squeeze())
+
+
+@pytest.fixture(scope='module')
+def model():
+    return trained_model(nodes=NODES)
+
+
+@pytest.fixture(scope='module')
+def places(model, tmp_path_factory):
+    """The same model as a published folder, a checkpoint, a run, and an exported folder."""
+    folder = tmp_path_factory.mktemp('places')
+    write_folder(model, folder / 'net', 'hf-hub:alice/net', results_of(model), dict(epochs=1), label_names=LABELS)
+    (folder / 'run').mkdir()
+    args = argparse.Namespace(model='hne_resnet50_c8', label_names=LABELS)
+    CheckpointSaver(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), args=args, checkpoint_dir=str(folder / 'run'),
+        recovery_dir=str(folder / 'run')).save_checkpoint(epoch=0)
+    published = timm.create_model(f'local-dir:{folder / "net"}', pretrained=True).eval()
+    export_folder(published, folder / 'exported')
+    return {
+        'published': folder / 'net', 'run': folder / 'run', 'checkpoint': folder / 'run' / 'last.pth.tar',
+        'exported': folder / 'exported',
+    }
+
+
+@pytest.fixture(scope='module')
+def classifier(places):
+    return Classifier.open(places['published'], 'none')
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def close(found, expected):
+    # Published weights are stored in half precision.
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize('place', ['published', 'run', 'checkpoint', 'exported'])
+def test_every_kind_of_name(places, model, images, place):
+    classifier = Classifier.open(places[place], 'none')
+    assert classifier.ensemble_size == 4 and classifier.prefixes == (1, 2, 4)
+    assert classifier.class_names == tuple(LABELS)
+    assert classifier.macs == member_macs(model)
+    assert classifier.input_size == (3, 32, 32)
+    assert (classifier.results is not None) == (place == 'published')
+    with torch.no_grad():
+        for n in (1, 2, 3, 4):
+            close(classifier.logits(images, n), model(images, num_members=n))
+        close(classifier.member_logits(images), model.forward_members(images))
+    assert torch.equal(classifier.image(noise()), classifier.image(encode(noise())))
+
+
+def test_a_name_of_the_hub(hub, places):
+    put(hub, {path.name: path.read_bytes() for path in places['published'].iterdir()})
+    classifier = Classifier.open('hf-hub:alice/net', 'none')
+    assert classifier.class_names == tuple(LABELS)
+    assert classifier.results[3]['top1'] == 83
+
+
+def test_the_weights_of_the_package():
+    classifier = Classifier.open('hne_resnet50_c8', 'none')
+    assert classifier.class_names[0] == 'airplane' and classifier.results[1]['top1'] == 81.7
+    assert (classifier.macs[1], classifier.macs[16]) == (13_077_760, 102_166_528)
+    logits = torch.arange(10.)
+    expected = (logits / 1.091).softmax(0)
+    assert classifier.probabilities(logits, 1).tolist() == pytest.approx(expected.tolist())
+    assert [label.index for label in classifier.top(logits, 1, 3)] == [9, 8, 7]
+    assert classifier.top(logits, 1, 3)[0].probability == pytest.approx(expected[9].item())
+
+
+def test_classes_without_names_are_numbers(model):
+    model = timm.create_model('hne_resnet50_c8', nodes=NODES, num_classes=3).eval()
+    assert Classifier(model, {}).class_names == ('0', '1', '2')
+
+
+@pytest.mark.parametrize('name, kwargs, error', [
+    ('no_such_model', {}, RuntimeError),
+    ('resnet50', {}, ValueError),
+    ('hne_resnet50_c16', {}, RuntimeError),
+    ('/no/such/file.pth', {}, RuntimeError),
+    ('hne_resnet50_c8', {'engine': 'tensorflow'}, ValueError),
+    ('hne_resnet50_c8', {'max_pixels': 0}, ValueError),
+    ('hne_resnet50_c8', {'num_classes': 0}, ValueError),
+])
+def test_a_wrong_name_or_argument(name, kwargs, error):
+    with pytest.raises(error):
+        Classifier.open(name, **{'engine': 'none', **kwargs})
+
+
+def test_an_exported_model_takes_no_arguments(places):
+    with pytest.raises(ValueError, match='nodes'):
+        Classifier.open(places['exported'], nodes=NODES)
+
+
+def test_engines_compute_the_same(places, classifier, images):
+    fast = Classifier.open(places['published'])
+    assert fast.engine == 'auto'
+    torch.testing.assert_close(fast.logits(images, 3), classifier.logits(images, 3), rtol=1e-4, atol=1e-3)
+    assert fast.engine in ('onnxruntime', 'openvino', 'inductor')
+
+
+@pytest.mark.parametrize('place', ['published', 'exported'])
+def test_anytime_and_early_exit(places, place, images):
+    classifier = Classifier.open(places[place], 'none')
+    steps = list(classifier.anytime(images))
+    assert [n for n, _ in steps] == [1, 2, 4]
+    for n, logits in [*steps, *classifier.anytime(images, (1, 3))]:
+        torch.testing.assert_close(logits, classifier.logits(images, n), rtol=1e-4, atol=1e-3)
+    assert len(list(classifier.anytime(images, deadline=0.))) == 1
+    assert len(list(classifier.anytime(images, deadline=1e6))) == 3
+
+    # The threshold that the middle one of three images reaches with one member.
+    sure = classifier.logits(images, 1).softmax(1).amax(1)
+    threshold = sure.sort().values[1].item()
+    logits, used = classifier.early_exit(images, threshold)
+    assert used[sure >= threshold].tolist() == [1, 1] and used[sure < threshold].item() > 1
+    for i, n in enumerate(used.tolist()):
+        torch.testing.assert_close(logits[i:i + 1], classifier.logits(images[i:i + 1], n), rtol=1e-4, atol=1e-3)
+
+
+def test_an_exported_model_stands_in_for_an_ensemble(places, images):
+    exported = ExportedEnsemble.load(places['exported'])
+    assert exported(images[:0]).shape == (0, 10)
+    with pytest.raises(ValueError):
+        exported.train()
+    with pytest.raises(ValueError):
+        exported.to(torch.bfloat16)
+    with pytest.raises(ValueError):
+        exported(images, num_members=5)
+    exported = ExportedEnsemble.load(places['exported'])
+    with timm_hne.AdaptiveRunner(exported, 10., max_batch_size=2, warmup_repeats=1) as runner:
+        answer = runner.submit(images[0]).result()
+    torch.testing.assert_close(answer.logits[None], exported(images[:1], answer.num_members), rtol=1e-4, atol=1e-3)
+
+
+def sixteen_bits():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 65536, (40, 50), dtype=np.uint16))
+
+
+def animation(format, **kwargs):
+    frames = [noise(), Image.new('RGB', (50, 40), 'red')]
+    return encode(frames[0], format, save_all=True, append_images=frames[1:], **kwargs)
+
+
+FILES = {
+    'rgb': lambda: encode(noise()),
+    'grey': lambda: encode(noise(channels=1)),
+    'alpha': lambda: encode(noise(channels=4)),
+    'palette': lambda: encode(noise().quantize(16)),
+    'transparent palette': lambda: encode(noise().quantize(16), transparency=3),
+    'one bit': lambda: encode(noise().convert('1')),
+    'cmyk': lambda: encode(noise().convert('CMYK'), 'JPEG'),
+    '16 bits': lambda: encode(sixteen_bits()),
+    '16 bits, TIFF': lambda: encode(sixteen_bits(), 'TIFF'),
+    'animated GIF': lambda: animation('GIF'),
+    'animated PNG': lambda: animation('PNG'),
+    'animated WebP': lambda: animation('WEBP', lossless=True),
+    'bitmap': lambda: encode(noise(), 'BMP'),
+    'turned': lambda: encode(noise(), exif=turned()),
+}
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+@pytest.mark.parametrize('kind', FILES)
+def test_images_of_all_modes_are_prepared_as_elsewhere(classifier, tmp_path, kind):
+    data = FILES[kind]()
+    (tmp_path / 'image').write_bytes(data)
+    expected = load_image(tmp_path / 'image', classifier.model)[0]
+    with Image.open(io.BytesIO(data)) as picture:
+        for source in (data, bytearray(data), str(tmp_path / 'image'), tmp_path / 'image', picture):
+            assert torch.equal(classifier.image(source), expected)
+        assert picture.size == (50, 40)  # and not turned
+
+
+def test_the_first_frame_of_an_animation_counts(classifier):
+    assert torch.equal(classifier.image(animation('PNG')), classifier.image(encode(noise())))
+
+
+def test_a_model_of_one_channel():
+    model = timm.create_model('hne_resnet50_c8', nodes=NODES, in_chans=1).eval()
+    assert Classifier(model, {}).image(noise()).shape == (1, 32, 32)
+
+
+BROKEN = {
+    'empty': b'',
+    'text': b'no image',
+    'zeros': bytes(5000),
+    'header only': encode(noise())[:40],
+    'truncated PNG': encode(noise())[:-1000],
+    'truncated JPEG': encode(noise(), 'JPEG')[:1000],
+    'truncated GIF': encode(noise(), 'GIF')[:400],
+    'truncated WebP': encode(noise(), 'WEBP')[:500],
+    'PostScript': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n',
+    'floating point': encode(Image.new('F', (4, 4)), 'TIFF'),
+}
+
+
+@pytest.mark.parametrize('kind', BROKEN)
+def test_what_is_no_image_is_refused(classifier, tmp_path, kind):
+    with pytest.raises(ImageError, match=r'^the image cannot be read: .+\.$') as info:
+        classifier.image(BROKEN[kind])
+    assert '\n' not in str(info.value) and '0x' not in str(info.value)
+    (tmp_path / 'image').write_bytes(BROKEN[kind])
+    with pytest.raises(ImageError, match=f'image {tmp_path / "image"} cannot be read'):
+        classifier.image(tmp_path / 'image')
+
+
+@pytest.mark.parametrize('source', [None, 3, ['image'], np.zeros((4, 4, 3), np.uint8)])
+def test_other_things_are_refused(classifier, source):
+    with pytest.raises(TypeError):
+        classifier.image(source)
+
+
+def test_a_missing_file_is_an_error_of_the_system(classifier, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'none\.png cannot be read'):
+        classifier.image(tmp_path / 'none.png')
+
+
+def bomb(width, height):
+    """A PNG that says it has so many pixels, with hardly any data."""
+    data = bytearray(encode(Image.new('L', (1, 1))))
+    data[16:24] = width.to_bytes(4, 'big') + height.to_bytes(4, 'big')
+    import zlib
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, 'big')
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('size', [(10_000, 10_000), (12_000, 10_000), (60_000, 60_000), (2 ** 31 - 1, 2 ** 31 - 1)])
+def test_a_bomb_is_refused_before_it_is_decoded(classifier, monkeypatch, size):
+    def load(self):
+        raise AssertionError('decoded')
+
+    monkeypatch.setattr(Image.Image, 'load', load)
+    with pytest.raises(ImageError, match='pixels'):
+        classifier.image(bomb(*size))
+
+
+@pytest.mark.parametrize('size', [(1, 1_000_000), (1_000_000, 2)])
+def test_a_strip_that_would_be_resized_to_a_huge_image_is_refused(classifier, size):
+    with pytest.raises(ImageError, match='too long'):
+        classifier.image(Image.new('L', size))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 100), (300, 2)])
+def test_small_images_are_taken(classifier, size):
+    assert classifier.image(encode(Image.new('RGB', size))).shape == (3, 32, 32)
+
+
+def test_the_limit_of_pixels_can_be_chosen(model):
+    classifier = Classifier(model, {}, max_pixels=2000)
+    classifier.image(Image.new('L', (50, 40)))
+    for source in (Image.new('L', (51, 40)), encode(Image.new('L', (51, 40)))):
+        with pytest.raises(ImageError, match='2,000'):
+            classifier.image(source)
+
+
+def test_only_formats_that_say_how_large_an_image_is():
+    assert not {'EPS', 'ICO', 'ICNS', 'WMF', 'PSD'} & set(FORMATS)
+
+
+def test_many_threads(classifier, images):
+    expected, found = classifier.logits(images), {}
+
+    def work(i):
+        found[i] = torch.equal(classifier.image(encode(noise())), classifier.image(noise())) and torch.allclose(
+            classifier.logits(images), expected, atol=1e-4)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(8), True)

@@ -1,0 +1,287 @@
+"""Any model by its name, and images from anywhere: what the page, the service and `timm-hne predict` share."""
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config, resolve_model_data_config
+
+from ..checks import check_integer
+from ..evaluation.cost import member_macs
+from ..images import UNREADABLE, convert_image, open_image
+from ..inference.early_exit import EarlyExit, early_exit
+from ..inference.engines import ENGINES
+from ..inference.optimize import OptimizedEnsemble, optimize_for_inference
+from ..models.create import create_ensemble
+from ..models.ensemble import HierarchicalEnsemble
+from ..pretrained import read_results
+from ..runtime import MANIFEST
+from ..training.checkpoint import CheckpointWriter, RunCheckpoint
+from ..tree import prefixes
+from .exported import ExportedEnsemble
+
+__all__ = ['FORMATS', 'MAX_PIXELS', 'Classifier', 'ImageError', 'Label']
+
+MAX_PIXELS = 50_000_000
+
+# What cameras and the web use. Others would let strangers choose among decoders that run programs (EPS), or whose
+# headers do not say how large the image is (ICO, ICNS).
+FORMATS = ('AVIF', 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP')
+
+
+class ImageError(ValueError):
+    """What was given is no image that can be used; the message says why."""
+
+
+class Label(NamedTuple):
+    """A class and its probability.
+
+    Attributes:
+        index: Number of the class.
+        name: Its name.
+        probability: Its probability, calibrated if the model's evaluation is known.
+    """
+    index: int
+    name: str
+    probability: float
+
+
+def _open_model(name: str, **kwargs) -> HierarchicalEnsemble | ExportedEnsemble:
+    path = Path(name)
+    if (path / CheckpointWriter.LAST).is_file():
+        path /= CheckpointWriter.LAST
+    if path.is_file():
+        checkpoint = RunCheckpoint.read(path, 'model')
+        model = checkpoint.create_model(**kwargs)
+        # How images were prepared in training holds here too.
+        data_config = {**checkpoint.data_config, 'in_chans': model.in_chans}
+        model.pretrained_cfg.update(resolve_data_config(data_config, model=model))
+        model.pretrained_cfg['label_names'] = checkpoint.args.get('label_names')
+        return model.eval()
+    if (path / MANIFEST).is_file():
+        if kwargs:
+            raise ValueError(f'an exported model takes no further arguments, got {", ".join(kwargs)}.')
+        return ExportedEnsemble.load(path)
+    return create_ensemble(f'local-dir:{path}' if path.is_dir() else name, pretrained=True, **kwargs).eval()
+
+
+class Classifier:
+    """A model that is ready for images. May be used from several threads at once.
+
+    Args:
+        model: Hierarchical ensemble in evaluation mode, optimised for inference, or exported.
+        macs: Multiply-accumulates of an image for n members, by n.
+        results: Rows of the model's evaluation by n; None if it is not known.
+        max_pixels: Number of pixels of an image at most.
+
+    Attributes:
+        model: The model, for `AdaptiveRunner` and whatever else takes one.
+        ensemble_size: Number of members, N.
+        num_classes: Number of classes.
+        class_names: Their names; numbers as text if they are not known.
+        prefixes: Numbers of members after which there is a result, 1, 2, 4, ..., N unless exported otherwise.
+        input_size: Channels, height and width of a prepared image.
+        macs: Multiply-accumulates of an image for n members, by n.
+        results: What was measured of n members (`top1`, in percent, and others), by n; None if it is not known.
+        max_pixels: Number of pixels of an image at most.
+    """
+
+    def __init__(
+            self,
+            model: HierarchicalEnsemble | OptimizedEnsemble | ExportedEnsemble,
+            macs: dict[int, int],
+            results: dict[int, dict[str, Any]] | None = None,
+            max_pixels: int = MAX_PIXELS,
+    ):
+        check_integer('max_pixels', max_pixels, 1)
+        cfg = model.pretrained_cfg
+        self.model = model
+        self.ensemble_size: int = model.ensemble_size
+        self.num_classes: int = model.num_classes
+        self.class_names = tuple(map(str, cfg.get('label_names') or range(self.num_classes)))
+        self.prefixes: tuple[int, ...] = getattr(model, 'schedule', prefixes(self.ensemble_size))
+        self.macs = macs
+        self.results = results
+        self.max_pixels = max_pixels
+        data_config = resolve_model_data_config(model)
+        self.input_size: tuple[int, int, int] = tuple(data_config['input_size'])
+        self._transform = create_transform(**data_config)
+        # Edge that images are resized to before they are cropped.
+        self._edge = math.ceil(max(self.input_size[1:]) / (data_config.get('crop_pct') or 1))
+        self._mode = 'L' if model.in_chans == 1 else 'RGB'
+
+    @classmethod
+    def open(
+            cls,
+            name: str | os.PathLike,
+            engine: str = 'auto',
+            device: str | torch.device = 'cpu',
+            max_pixels: int = MAX_PIXELS,
+            **kwargs,
+    ) -> 'Classifier':
+        """Open a model by its name.
+
+        Args:
+            name: A registered model with pretrained weights, a Hub model ('hf-hub:user/name'), the file of a
+                checkpoint, or the folder of a training run, of a published model, or of one that `timm-hne export`
+                wrote.
+            engine: What runs it: see `timm_hne.optimize_for_inference`; 'none' is the model as it is. An exported
+                model has its own.
+            device: Where it runs.
+            max_pixels: Number of pixels of an image at most.
+            **kwargs: Further arguments of the model.
+
+        Raises:
+            ValueError: The name, the engine or an argument is wrong.
+            RuntimeError: The model has no pretrained weights, or files differ from their digests.
+            OSError: A file cannot be read or downloaded.
+        """
+        name = os.fspath(name)
+        if engine not in ('auto', 'none', *ENGINES):
+            raise ValueError(f'engine must be one of auto, none, {", ".join(ENGINES)}, got {engine!r}.')
+        model = _open_model(name, **kwargs).to(device)
+        if isinstance(model, ExportedEnsemble):
+            return cls(model, model.macs, max_pixels=max_pixels)
+        if model.num_classes == 0:
+            raise ValueError(f'model must have a classifier, got {name!r} with num_classes=0.')
+        results = read_results(name, model)
+        rows = None if results is None else {row['num_members']: row for row in results['members']}
+        macs = member_macs(model, tuple(resolve_model_data_config(model)['input_size'][1:]))
+        if engine != 'none':
+            model = optimize_for_inference(model, engine=engine)
+        return cls(model, macs, rows, max_pixels)
+
+    @property
+    def engine(self) -> str:
+        """What runs the model; 'auto' until that has been measured."""
+        return getattr(self.model, 'mode', 'onnxruntime' if isinstance(self.model, ExportedEnsemble) else 'none')
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        width, height = size
+        if not width * height:
+            raise ImageError('it has no pixels')
+        if width * height > self.max_pixels:
+            raise ImageError(f'it has {width}x{height} pixels, more than the {self.max_pixels:,} that are allowed')
+        # Images are resized by their shorter edge, so a long strip would become a huge one.
+        if max(size) / min(size) * self._edge ** 2 > self.max_pixels:
+            raise ImageError(f'it has {width}x{height} pixels, and is too long for its width')
+
+    def image(self, source: bytes | str | os.PathLike | Image.Image) -> torch.Tensor:
+        """Read an image, turn it upright and prepare it as the model expects it.
+
+        Of an animation the first frame is taken, of 16 bits the upper 8; all modes become the channels of the model.
+        Nothing is decoded of an image that is too large.
+
+        Args:
+            source: The bytes of a file in one of `FORMATS`, its path, or an image of Pillow's.
+
+        Returns:
+            Normalised image (C, H, W).
+
+        Raises:
+            TypeError: `source` is something else.
+            ImageError: It is no image, damaged, or larger than allowed.
+            OSError: The file cannot be opened.
+        """
+        what = 'the image'
+        try:
+            if isinstance(source, Image.Image):
+                self._check_size(source.size)
+                copy = source.copy()  # it is turned in place
+                copy.format = source.format
+                image = convert_image(copy, self._mode)
+            elif isinstance(source, (bytes, bytearray, memoryview)):
+                if not source:
+                    raise ImageError('it is empty')
+                image = self._read(io.BytesIO(source))
+            elif isinstance(source, (str, os.PathLike)):
+                what = f'image {os.fspath(source)}'
+                with open(source, 'rb') as file:
+                    image = self._read(file)
+            else:
+                raise TypeError(f'source must be bytes, a path or an image of Pillow, got {type(source).__name__}.')
+        except UNREADABLE as error:
+            if getattr(error, 'errno', None) is not None:  # of the system, not of Pillow
+                raise OSError(error.errno, f'{what} cannot be read: {error.strerror}') from error
+            reason = str(error).split(' <_io.')[0] or type(error).__name__
+            raise ImageError(f'{what} cannot be read: {reason}.') from error
+        return self._transform(image)
+
+    def _read(self, file: io.BufferedIOBase) -> Image.Image:
+        Image.init()
+        return open_image(file, self._mode, self._check_size, [name for name in FORMATS if name in Image.OPEN])
+
+    def _place(self, images: torch.Tensor) -> torch.Tensor:
+        weight = next(self.model.parameters())
+        return images.to(weight.device, weight.dtype)
+
+    @torch.no_grad()
+    def member_logits(self, images: torch.Tensor, num_members: int | None = None) -> torch.Tensor:
+        """Compute the logits of each of the first n members, `(B, n, num_classes)`; of all if `num_members` is None.
+
+        Args:
+            images: `(B, C, H, W)`, from `image`.
+            num_members: Number of members.
+
+        Raises:
+            TypeError, ValueError: An argument is wrong.
+        """
+        return self.model.forward_members(self._place(images), num_members).float().cpu()
+
+    def logits(self, images: torch.Tensor, num_members: int | None = None) -> torch.Tensor:
+        """Compute the ensemble's logits `(B, num_classes)`, the mean of `member_logits`."""
+        return self.member_logits(images, num_members).mean(dim=1)
+
+    def anytime(
+            self,
+            images: torch.Tensor,
+            schedule: Sequence[int] | None = None,
+            deadline: float | None = None,
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the number of members and the logits `(B, num_classes)` after more and more members.
+
+        Args:
+            images: `(B, C, H, W)`, from `image`.
+            schedule: Increasing numbers of members; `prefixes` if None.
+            deadline: Seconds from this call after which no step may end; see `timm_hne.inference.anytime`.
+
+        Raises:
+            TypeError, ValueError: An argument is wrong.
+        """
+        schedule = self.prefixes if schedule is None else schedule
+        steps = self.model.anytime(self._place(images), schedule, deadline)
+        return ((n, logits.float().cpu()) for n, logits in zip(schedule, steps))
+
+    def early_exit(self, images: torch.Tensor, threshold: float, criterion: str = 'confidence') -> EarlyExit:
+        """Evaluate as many members as each image needs; see `timm_hne.early_exit`."""
+        logits, used = early_exit(self.model, self._place(images), threshold, criterion, self.prefixes)
+        return EarlyExit(logits.float().cpu(), used.cpu())
+
+    def warm_up(self, batch_size: int = 1, schedule: Sequence[int] | None = None) -> None:
+        """Go through the steps of a schedule, so that programs are there and deadlines have times to go by."""
+        images = torch.zeros(batch_size, *self.input_size)
+        # The first pass, a slow one, is not recorded.
+        for deadline in (None, math.inf, math.inf):
+            for _ in self.anytime(images, schedule, deadline):
+                pass
+
+    def probabilities(self, logits: torch.Tensor, num_members: int) -> torch.Tensor:
+        """Return the probabilities of logits `(..., num_classes)` of n members, calibrated by the evaluation if known.
+        """
+        return logits.float().div(self._row(num_members).get('temperature', 1.)).softmax(dim=-1)
+
+    def usual_confidence(self, num_members: int) -> float:
+        """Return the probability that 95 % of the evaluated images exceed with their first class; 0 if not known."""
+        return self._row(num_members).get('usual_confidence', 0.)
+
+    def _row(self, num_members: int) -> dict[str, Any]:
+        return (self.results or {}).get(num_members, {})
+
+    def top(self, logits: torch.Tensor, num_members: int, k: int = 5) -> list[Label]:
+        """Return the k most probable classes of one image's logits `(num_classes,)` of n members."""
+        top = self.probabilities(logits, num_members).topk(min(k, self.num_classes))
+        return [Label(i, self.class_names[i], p) for p, i in zip(*(tensor.tolist() for tensor in top))]
