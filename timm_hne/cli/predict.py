@@ -1,4 +1,4 @@
-"""`timm-hne predict`: labels with probabilities for image files, at a fixed cost or within a time budget; or a table."""
+"""`timm-hne predict`: labels with probabilities for images, at a fixed cost or within a time budget, or as a table."""
 import argparse
 import sys
 import time
