@@ -1,11 +1,20 @@
 """The HTTP side of the service: a real classifier and runner behind the ASGI application, without Ray."""
 import asyncio
+import contextlib
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +26,7 @@ testclient = pytest.importorskip('starlette.testclient', reason=EXTRA)
 pytest.importorskip('prometheus_client', reason=EXTRA)
 
 from timm_hne import AdaptiveRunner  # noqa: E402
+from timm_hne.__main__ import main  # noqa: E402
 from timm_hne.serving import Classifier, http  # noqa: E402
 from timm_hne.serving.guard import BodyGuard  # noqa: E402
 from timm_hne.serving.http import create_app, read_options  # noqa: E402
@@ -444,3 +454,148 @@ def request(address, data):
         while received := connection.recv(65536):
             answer += received
     return answer
+
+
+# The whole service on Ray Serve, in processes of its own.
+
+def below(root):
+    """Return the command lines of all processes below one."""
+    parents, lines = {}, {}
+    for folder in Path('/proc').glob('[0-9]*'):
+        try:
+            parents[int(folder.name)] = int((folder / 'stat').read_text().rpartition(')')[2].split()[1])
+            lines[int(folder.name)] = (folder / 'cmdline').read_bytes()
+        except OSError:
+            continue
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {pid: lines[pid] for pid in found if pid in lines}
+
+
+def listeners(pids):
+    """Return the addresses that processes listen on."""
+    sockets = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for link in Path(f'/proc/{pid}/fd').iterdir():
+                with contextlib.suppress(OSError):
+                    sockets.add(os.readlink(link).removeprefix('socket:[').rstrip(']'))
+    addresses = set()
+    for table in ('tcp', 'tcp6'):
+        for line in Path(f'/proc/net/{table}').read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == '0A' and fields[9] in sockets:
+                addresses.add(fields[1].partition(':')[0])
+    return addresses
+
+
+def post(address, data, path='/predict'):
+    """Return the status and the answer; 0 if the connection broke."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address + path, data), timeout=TIMEOUT) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+    except (OSError, HTTPException) as error:
+        return 0, {'error': repr(error)}
+
+
+@pytest.mark.timeout(240)
+def test_the_service(tmp_path):
+    pytest.importorskip('ray.serve', reason=EXTRA)
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    address, log = f'http://127.0.0.1:{port}', tmp_path / 'log'
+    environment = {**os.environ, 'TMPDIR': str(tmp_path), 'RAY_TMPDIR': '/tmp'}
+    with open(log, 'wb') as stream:
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'timm_hne', 'serve', 'hne_resnet50_c8', '--latency-target', '5', '--port', str(port),
+             '--replicas', '2', '--threads', '1', '--engine', 'none', '--max-body', '1'],
+            stdout=stream, stderr=subprocess.STDOUT, env=environment)
+    try:
+        while b'Ctrl+C' not in log.read_bytes():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        # Nothing is to be reached from elsewhere, and nobody is told.
+        processes = below(process.pid)
+        assert listeners(processes) <= {'0100007F', '0' * 24 + '01000000', '0000000000000000FFFF00000100007F'}
+        assert not any(b'dashboard/dashboard.py' in line for line in processes.values())
+
+        data = encode(noise(32, 32))
+        status, answer = post(address, data, '/predict?num_members=2')
+        assert status == 200 and answer['num_members'] == 2
+        classifier = Classifier.open('hne_resnet50_c8', 'none')
+        expected = classifier.top(classifier.logits(classifier.image(data)[None], 2)[0], 2)
+        assert [found['name'] for found in answer['classes']] == [label.name for label in expected]
+
+        # Bad requests, some of which end in the proxy.
+        assert post(address, data, '/predict?num_members=17')[0] == 400
+        assert post(address, b'no image')[0] == 400
+        assert post(address, b'')[0] == 400
+        assert post(address, bytes(2 << 20))[0] == 413
+        assert post(address, data, '/../../etc/passwd')[0] == 404
+
+        # A thousand silent connections delay nobody.
+        silent = [socket.create_connection(('127.0.0.1', port), timeout=TIMEOUT) for _ in range(1000)]
+        for connection in silent[::2]:
+            connection.sendall(b'POST /predict HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n1234')
+        assert [post(address, data, '/predict?deadline_ms=5000')[0] for _ in range(10)] == [200] * 10
+        for connection in silent:
+            connection.close()
+
+        # A replica is killed: every request has one answer, and the service goes on.
+        victim = next(pid for pid, line in processes.items() if line.startswith(b'ray::ServeReplica:hne'))
+        with ThreadPoolExecutor(8) as pool:
+            futures = [pool.submit(post, address, data) for _ in range(60)]
+            while sum(future.done() for future in futures) < 10:
+                time.sleep(0.01)
+            os.kill(victim, signal.SIGKILL)
+            outcomes = [future.result()[0] for future in futures]
+        assert set(outcomes) <= {200, 503} and outcomes.count(200) >= 40
+        assert post(address, data)[0] == 200
+
+        # What all replicas and the proxy have counted, the killed one too.
+        with urllib.request.urlopen(f'{address}/metrics') as response:
+            counts = dict(re.findall(r'^(hne_[^ ]+) (\S+)$', response.read().decode(), re.M))
+        assert float(counts['hne_requests_total{status="200"}']) >= outcomes.count(200) + 12
+        assert float(counts['hne_rejected_total{reason="large body"}']) == 1
+        assert float(counts['hne_request_seconds_count']) == float(counts['hne_requests_total{status="200"}'])
+
+        # What was accepted before the end is answered; what comes later is refused.
+        with ThreadPoolExecutor(8) as pool:
+            futures = [pool.submit(post, address, data) for _ in range(40)]
+            while sum(future.done() for future in futures) < 5:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            outcomes = [future.result() for future in futures]
+        assert all(status in (200, 503) for status, _ in outcomes), outcomes
+        assert process.wait(60) == 0, log.read_text()
+        deadline = time.monotonic() + 20
+        while left := [pid for pid in processes if Path(f'/proc/{pid}/cmdline').exists() and
+                       b'ray' in Path(f'/proc/{pid}/cmdline').read_bytes()]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.2)
+        assert not list(tmp_path.glob('timm_hne_metrics_*'))
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--latency-target', '0'], 'latency_target must be above 0'),
+    (['--port', '0'], 'port must be from 1'),
+    (['--threads', '0'], 'threads'),
+    (['--max-body', '0'], 'max_body'),
+    (['--replicas', '3:2'], 'MIN:MAX'),
+    (['--replicas', 'many'], 'MIN:MAX'),
+])
+def test_bad_arguments_of_the_command(capsys, arguments, words):
+    with pytest.raises(SystemExit):
+        main(['serve', *arguments])
+    assert words in capsys.readouterr().err
