@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except ImportError as error:
-        extras = "pip install 'timm-hne[demo,plots,openvino]'"
+        extras = "pip install 'timm-hne[demo,plots,openvino,bulk,serve]'"
         parser.exit(1, f'timm-hne {args.command}: {error}. Optional packages come with {extras}.\n')
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         # On one line, as a shell's user expects; PyTorch's messages have several.
