@@ -3,11 +3,13 @@ import argparse
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 
 from ..checks import check_integer, check_number
 from ..inference.engines import ENGINES
+from ..serving.classifier import Classifier
 
 PROXY = 'timm_hne.serving.service:proxy_middlewares'
 
@@ -59,6 +61,15 @@ def run(args: argparse.Namespace) -> None:
     check_integer('max_pixels', args.max_pixels, 1)
     threads = max(1, (os.cpu_count() or 1) // args.replicas[1]) if args.threads is None else args.threads
     check_integer('threads', threads, 1)
+    # What is wrong with these is better heard now than from a process of Ray's.
+    size = Classifier.open(args.model, 'none').ensemble_size
+    most = size if args.max_members is None else check_integer('max_members', args.max_members, 1, size)
+    check_integer('min_members', args.min_members, 1, most)
+    try:
+        family = socket.AF_INET6 if ':' in args.host else socket.AF_INET
+        socket.create_server((args.host, args.port), family=family).close()
+    except OSError as error:
+        raise OSError(f'host {args.host} and port {args.port} cannot be listened on: {error.strerror}') from error
     folder = tempfile.mkdtemp(prefix='timm_hne_metrics_')
     # Read when Ray is imported, and by the processes that it starts.
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
