@@ -89,7 +89,7 @@ class BodyGuard:
                 complete = await asyncio.wait_for(self._read(scope, receive, body), self.timeout)
             except asyncio.TimeoutError:
                 raise Refused(
-                    408, f'the body did not arrive within {self.timeout:.3g} seconds.', 'slow body') from None
+                    408, f'the body did not arrive within {self.timeout:.3g} seconds.', 'slow_body') from None
             if complete:
                 if self.stamp:
                     headers.append((RECEIVED, repr(time.time()).encode()))
@@ -124,7 +124,7 @@ class BodyGuard:
                 body += chunk
                 self.held += len(chunk)
         if too_large:
-            raise Refused(413, f'the body must have at most {self.max_body:,} bytes.', 'large body')
+            raise Refused(413, f'the body must have at most {self.max_body:,} bytes.', 'large_body')
         return True
 
 

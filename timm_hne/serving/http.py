@@ -119,7 +119,7 @@ class Application:
         except Overloaded as error:
             raise Refused(503, str(error), 'overloaded') from error
         except ShutDown as error:
-            raise Refused(503, str(error), 'shut down') from error
+            raise Refused(503, str(error), 'shut_down') from error
         except Exception as error:  # whatever a model raises; the runner has logged it
             raise Refused(500, 'the model failed.', 'failed') from error
         classes = [label._asdict() for label in self.classifier.top(logits, num_members, top_k)]
