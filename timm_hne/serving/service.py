@@ -1,9 +1,12 @@
 """The service on Ray Serve: `timm-hne serve`, or `serve run timm_hne.serving.service:app` on a cluster."""
+import ipaddress
 import os
 
+import ray
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.serve._private import replica
 from starlette.middleware import Middleware
 
 from ..inference.runner import AdaptiveRunner
@@ -64,6 +67,7 @@ class Replica:
     """
 
     def __init__(self, settings: Settings):
+        _stay_on_this_machine()
         torch.set_num_threads(settings.threads)
         keep_freed_memory()
         self.runner = None
@@ -83,6 +87,22 @@ class Replica:
         # Ray Serve calls this when all requests have their answers.
         if self.runner is not None:
             self.runner.shutdown()
+
+
+def _stay_on_this_machine() -> None:
+    """If Ray is for this machine only, let the server that it opens in this replica be so too.
+
+    That server is for other deployments, of which there are none here; it unpickles what it is sent, and listens on all
+    addresses whatever Ray was told.
+    """
+    if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
+        return
+    add_port = replica.add_port_to_grpc_server
+
+    def add_loopback_port(server, address: str) -> int:
+        return add_port(server, f'127.0.0.1:{address.rpartition(":")[2]}')
+
+    replica.add_port_to_grpc_server = add_loopback_port
 
 
 def limits() -> dict[str, int]:
