@@ -561,7 +561,9 @@ def test_the_service(tmp_path):
 
         # What all replicas and the proxy have counted, the killed one too.
         with urllib.request.urlopen(f'{address}/metrics') as response:
-            counts = dict(re.findall(r'^(hne_[^ ]+) (\S+)$', response.read().decode(), re.M))
+            text = response.read().decode()
+        counts = dict(re.findall(r'^(hne_[^ ]+) (\S+)$', text, re.M))
+        assert len(counts) == len(re.findall(r'^[^#]', text, re.M))  # and nothing else
         assert float(counts['hne_requests_total{status="200"}']) >= outcomes.count(200) + 12
         assert float(counts['hne_rejected_total{reason="large_body"}']) == 1
         assert float(counts['hne_request_seconds_count']) == float(counts['hne_requests_total{status="200"}'])

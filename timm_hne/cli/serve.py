@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     os.environ.update({
         'RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH': PROXY,
+        # Otherwise Ray's own servers listen on all addresses; this is how it is on other systems than Linux.
+        'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0',
         'TIMM_HNE_METRICS_DIR': folder,
         'TIMM_HNE_MAX_BODY': str(args.max_body << 20),
     })
@@ -87,6 +89,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _serve(args: argparse.Namespace, threads: int, stop: threading.Event) -> None:
     import ray
+
+    ray.init(
+        address='local', include_dashboard=False, log_to_driver=False,
+        num_cpus=max(os.cpu_count() or 1, threads * args.replicas[1]))
+    # After Ray has started its processes, which must not put their own metrics beside ours.
     from ray import serve
 
     from ..serving.service import NAME, Settings, app
@@ -95,10 +102,6 @@ def _serve(args: argparse.Namespace, threads: int, stop: threading.Event) -> Non
         model=args.model, engine=args.engine, latency_target=args.latency_target, min_members=args.min_members,
         max_members=args.max_members, max_pixels=args.max_pixels * 1_000_000, threads=threads,
         min_replicas=args.replicas[0], max_replicas=args.replicas[1])
-    # All of Ray listens on this machine only, whatever --host says.
-    ray.init(
-        address='local', include_dashboard=False, _node_ip_address='127.0.0.1', log_to_driver=False,
-        num_cpus=max(os.cpu_count() or 1, threads * args.replicas[1]))
     try:
         serve.start(
             proxy_location='HeadOnly',
@@ -108,6 +111,8 @@ def _serve(args: argparse.Namespace, threads: int, stop: threading.Event) -> Non
             signal.signal(number, lambda *_: stop.set())
         print(f'timm-hne serve: {args.model} at http://{args.host}:{args.port}/predict; Ctrl+C ends it.', flush=True)
         stop.wait()
+        for number in (signal.SIGINT, signal.SIGTERM):  # whoever asks again does not want to wait
+            signal.signal(number, signal.SIG_DFL)
         print('timm-hne serve: answering what was accepted ...', flush=True)
         serve.delete(NAME)  # waits until the replicas have answered; the proxy still stands meanwhile
     finally:

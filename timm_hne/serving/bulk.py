@@ -126,13 +126,14 @@ def ray_rows(bulk: Bulk, files: Sequence[tuple[str, str]], workers: int | None =
         files: Names and paths.
         workers: Number of processes; as many as the cluster has room for if None.
     """
-    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    here = {}
+    if not os.environ.get('RAY_ADDRESS'):  # no cluster; of this machine nobody else is to see anything
+        here = {'address': 'local', 'include_dashboard': False}
+        os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+        os.environ.setdefault('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER', '0')  # else Ray listens on all addresses
     import ray
 
     if not ray.is_initialized():
-        # The cluster that $RAY_ADDRESS names, or this machine, of which nobody else is to see anything.
-        here = {} if os.environ.get('RAY_ADDRESS') else {
-            'address': 'local', 'include_dashboard': False, '_node_ip_address': '127.0.0.1'}
         ray.init(log_to_driver=False, **here)
     ray.data.DataContext.get_current().enable_progress_bars = False
     most = workers or max(1, int(ray.cluster_resources().get('CPU', 1)))
