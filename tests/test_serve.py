@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from test_classifier import BROKEN, FILES, bomb, encode, model, noise  # noqa: F401
 
@@ -609,3 +610,22 @@ def test_bad_arguments_of_the_command(capsys, arguments, words):
     with pytest.raises(SystemExit):
         main(['serve', *arguments])
     assert words in capsys.readouterr().err
+
+
+def test_the_config_of_a_cluster():
+    """It is one of Ray Serve's, and its arguments are those of the application."""
+    schema = pytest.importorskip('ray.serve.schema', reason=EXTRA)
+    from timm_hne.serving.service import Settings, app
+
+    path = Path(__file__).parent.parent / 'docs' / 'serving' / 'config.yaml'
+    config = yaml.safe_load(path.read_text())
+    found = schema.ServeDeploySchema(**config)
+    assert found.http_options.host == '127.0.0.1' and found.applications[0].import_path == 'timm_hne.serving.service:app'
+    settings = Settings(**config['applications'][0]['args'])
+    assert (settings.latency_target, settings.max_replicas) == (0.1, 4)
+    assert app(settings) is not None
+    with pytest.raises(ValueError):
+        Settings(latency=0.1)
+    with pytest.raises(ValueError):
+        Settings(latency_target=0)
+    assert Settings(latency_target='0.2', model='x').latency_target == 0.2  # as `serve run` passes it
