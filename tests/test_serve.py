@@ -392,8 +392,9 @@ def test_what_the_server_says_in_plain_text_becomes_json(status):
         await send({'type': 'http.response.body', 'body': b'Internal', 'more_body': True})
         await send({'type': 'http.response.body', 'body': b' Server Error'})
 
-    found, answer = speak(BodyGuard(ray), chunk(0, False))
-    assert found == 503 and 'try again' in answer['error']
+    reasons = []
+    found, answer = speak(BodyGuard(ray, on_refused=lambda *args: reasons.append(args)), chunk(0, False))
+    assert found == 503 and 'try again' in answer['error'] and reasons == [(503, 'unavailable')]
 
 
 def test_when_a_request_arrived_is_nothing_that_clients_say(client, monkeypatch):
@@ -620,7 +621,8 @@ def test_the_config_of_a_cluster():
     path = Path(__file__).parent.parent / 'docs' / 'serving' / 'config.yaml'
     config = yaml.safe_load(path.read_text())
     found = schema.ServeDeploySchema(**config)
-    assert found.http_options.host == '127.0.0.1' and found.applications[0].import_path == 'timm_hne.serving.service:app'
+    assert found.http_options.host == '127.0.0.1'
+    assert found.applications[0].import_path == 'timm_hne.serving.service:app'
     settings = Settings(**config['applications'][0]['args'])
     assert (settings.latency_target, settings.max_replicas) == (0.1, 4)
     assert app(settings) is not None

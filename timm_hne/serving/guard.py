@@ -93,11 +93,9 @@ class BodyGuard:
             if complete:
                 if self.stamp:
                     headers.append((RECEIVED, repr(time.time()).encode()))
-                await self.app(scope, _replay(bytes(body), receive), _in_json(send))
+                await self.app(scope, _replay(bytes(body), receive), self._in_json(send))
         except Refused as error:
-            if self.on_refused is not None:
-                self.on_refused(error.status, error.reason)
-            await send_error(send, error.status, str(error))
+            await self._refuse(send, error)
         finally:
             self.held -= len(body)
 
@@ -128,6 +126,33 @@ class BodyGuard:
         return True
 
 
+    async def _refuse(self, send, error: Refused) -> None:
+        if self.on_refused is not None:
+            self.on_refused(error.status, error.reason)
+        await send_error(send, error.status, str(error))
+
+    def _in_json(self, send):
+        """Return a `send` that puts what is no JSON, the server's own refusals, into JSON.
+
+        Ray Serve answers with 404 while there is no application, with 503 if its queue is full, and with 500 if the
+        replica that had the request is gone: in all of these cases the client may try again.
+        """
+        replaced = False
+
+        async def send_json(message) -> None:
+            nonlocal replaced
+            if message['type'] == 'http.response.start':
+                kind = next((value for name, value in message['headers'] if name.lower() == b'content-type'), b'')
+                replaced = message['status'] in (404, 500, 503) and not kind.startswith(b'application/json')
+                if replaced:
+                    await self._refuse(send, Refused(
+                        503, 'the service cannot take the request just now; try again.', 'unavailable'))
+            if not replaced:
+                await send(message)
+
+        return send_json
+
+
 def _replay(body: bytes, receive):
     """Return a `receive` that tells of the body first, and then what happens to the connection."""
     told = False
@@ -140,24 +165,3 @@ def _replay(body: bytes, receive):
         return {'type': 'http.request', 'body': body, 'more_body': False}
 
     return replay
-
-
-def _in_json(send):
-    """Return a `send` that puts what is no JSON, the server's own refusals, into JSON.
-
-    Ray Serve answers with 404 while there is no application, with 503 if its queue is full, and with 500 if the replica
-    that had the request is gone: in all of these cases the client may try again.
-    """
-    replaced = False
-
-    async def send_json(message) -> None:
-        nonlocal replaced
-        if message['type'] == 'http.response.start':
-            kind = next((value for name, value in message['headers'] if name.lower() == b'content-type'), b'')
-            replaced = message['status'] in (404, 500, 503) and not kind.startswith(b'application/json')
-            if replaced:
-                await send_error(send, 503, 'the service cannot take the request just now; try again.')
-        if not replaced:
-            await send(message)
-
-    return send_json
