@@ -125,7 +125,6 @@ class BodyGuard:
             raise Refused(413, f'the body must have at most {self.max_body:,} bytes.', 'large_body')
         return True
 
-
     async def _refuse(self, send, error: Refused) -> None:
         if self.on_refused is not None:
             self.on_refused(error.status, error.reason)
