@@ -86,7 +86,7 @@ def drive(address: str, images: list, phases: list[tuple[float, int]], period: f
             'LOAD_OUTPUT': str(output), 'LOAD_PERIOD': str(period)}
         subprocess.run(
             [sys.executable, '-m', 'locust', '--headless', '-f', str(HERE / 'serve_users.py'), '--host', address,
-             '--stop-timeout', '60', '--only-summary'],
+             '--stop-timeout', '60', '--only-summary', '--exit-code-on-error', '0'],
             env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return [json.loads(line) for line in output.read_text().splitlines()]
 
@@ -114,6 +114,29 @@ def summary(records: list[dict]) -> dict[str, float | None]:
         'members': statistics.mean(record['members'] for record in answered) if answered else None,
         'accuracy': 100 * statistics.mean(record['correct'] for record in answered) if answered else None,
     }
+
+
+def measure(
+        file: Path,
+        model: str,
+        target: float,
+        options: tuple[str, ...],
+        images: list,
+        phases: list[tuple[float, int]],
+        kill: bool,
+) -> None:
+    """Measure a policy, and write down all requests and what the service counted."""
+    with service(model, target, file.with_suffix('.log'), *options) as (address, process):
+        if kill:
+            # Locust starts within some seconds; the surge is long enough for that not to matter.
+            after = phases[0][0] + phases[1][0] / 2
+            threading.Timer(after, os.kill, (replicas(process.pid)[0], signal.SIGKILL)).start()
+        records = drive(address, images, phases)
+        counted = counts(address)
+    begin = min(record['sent'] for record in records)
+    for record in records:
+        record['time'] = record['sent'] - begin
+    write_json(file, {'requests': records, 'counted': counted})
 
 
 def plot(results: dict[str, list[dict]], target: float, surge: tuple[float, float], path: Path) -> None:
@@ -152,8 +175,8 @@ def main() -> None:
         '--seconds', type=float, nargs=3, default=[6., 10., 8.], help='of the calm, the surge, the calm')
     parser.add_argument('--calm', type=float, default=0.3, help='rate in the calm over the capacity')
     parser.add_argument('--surge', type=float, default=3., help='rate in the surge over the capacity')
-    parser.add_argument('--capacity', type=float, help='requests per second; measured if not given')
-    parser.add_argument('--only', nargs='+', help='names of the policies to run')
+    parser.add_argument(
+        '--only', nargs='*', metavar='NAME', help='what to measure anew; the rest is taken from OUTPUT/raw, if there')
     parser.add_argument('--output', type=Path, default=Path('output/serve'))
     args = parser.parse_args()
 
@@ -166,33 +189,32 @@ def main() -> None:
         'two, adaptive': ('--replicas', '2'),
         'two, one is killed': ('--replicas', '2'),
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    capacity = args.capacity
-    if capacity is None:
+    raw = args.output / 'raw'
+    raw.mkdir(parents=True, exist_ok=True)
+    known = raw / 'capacity.json'
+    if known.exists() and args.only is not None and 'capacity' not in args.only:
+        capacity = json.loads(known.read_text())
+    else:
         # As many clients as may wait at a time without being refused, none of which waits between requests.
-        with service(args.model, target, args.output / 'capacity.log', '--min-members', '16') as (address, _):
+        with service(args.model, target, raw / 'service.log', '--min-members', '16') as (address, _):
             records = drive(address, images, [(3, 8), (6, 8)], period=1e-3)
         begin = min(record['sent'] for record in records) + 3
         late = [record for record in records if record['sent'] > begin and record['status'] == 200]
         capacity = len(late) / (max(record['sent'] for record in late) - begin)
+        write_json(known, capacity)
         print(f'capacity {capacity:.0f}/s', flush=True)
     users = [round(args.calm * capacity), round(args.surge * capacity), round(args.calm * capacity)]
     surge = args.seconds[0], sum(args.seconds[:2])
     results, summaries, notes, rows = {}, {}, {}, []
-    for name, options in policies.items():
-        if args.only and name not in args.only:
+    for number, (name, options) in enumerate(policies.items()):
+        file = raw / f'{number}.json'
+        if args.only is None or name in args.only:
+            measure(file, args.model, target, options, images, list(zip(args.seconds, users)), 'killed' in name)
+        if not file.exists():
             continue
-        with service(args.model, target, args.output / 'service.log', *options) as (address, process):
-            if 'killed' in name:
-                victim = replicas(process.pid)[0]
-                # Locust starts within a second or two; the surge is long enough for that not to matter.
-                threading.Timer(surge[0] + args.seconds[1] / 2, os.kill, (victim, signal.SIGKILL)).start()
-            records = drive(address, images, list(zip(args.seconds, users)))
-            notes[name] = counts(address)
-        begin = min(record['sent'] for record in records)
-        for record in records:
-            record['time'] = record['sent'] - begin
-        results[name] = records
+        measured = json.loads(file.read_text())
+        results[name] = records = measured['requests']
+        notes[name] = measured['counted']
         for phase, some in {
             'overall': records, 'surge': [r for r in records if surge[0] <= r['time'] < surge[1]],
         }.items():
