@@ -77,6 +77,9 @@ def run(args: argparse.Namespace) -> None:
         'RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH': PROXY,
         # Otherwise Ray's own servers listen on all addresses; this is how it is on other systems than Linux.
         'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0',
+        # A surge is seen after a second, not after ten.
+        'RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S': '1',
+        'RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S': '1',
         'TIMM_HNE_METRICS_DIR': folder,
         'TIMM_HNE_MAX_BODY': str(args.max_body << 20),
     })

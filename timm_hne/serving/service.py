@@ -135,7 +135,6 @@ def app(args: Settings) -> serve.Application:
             'target_ongoing_requests': args.target_ongoing_requests,
             'upscale_delay_s': args.upscale_delay,
             'downscale_delay_s': args.downscale_delay,
-            'metrics_interval_s': 1.,
             'look_back_period_s': 2.,
         },
     ).bind(args)
