@@ -385,7 +385,22 @@ def test_all_bodies_together_are_bounded():
     assert max(held) <= 250 and guard.held == 0
 
 
-@pytest.mark.parametrize('status', [404, 500, 503])
+def test_who_gets_no_answer_gets_one():
+    """Ray says nothing if a replica was killed."""
+    async def silent(scope, receive, send):
+        await receive()
+
+    found, answer = speak(BodyGuard(silent), chunk(10, False))
+    assert found == 503 and 'try again' in answer['error']
+
+    async def hung_up(scope, receive, send):
+        await receive()
+        await receive()
+
+    assert speak(BodyGuard(hung_up), chunk(10, False), {'type': 'http.disconnect'}) == []
+
+
+@pytest.mark.parametrize('status', [404, 408, 500, 503])
 def test_what_the_server_says_in_plain_text_becomes_json(status):
     async def ray(scope, receive, send):
         await send({'type': 'http.response.start', 'status': status, 'headers': [(b'content-type', b'text/plain')]})

@@ -93,7 +93,10 @@ class BodyGuard:
             if complete:
                 if self.stamp:
                     headers.append((RECEIVED, repr(time.time()).encode()))
-                await self.app(scope, _replay(bytes(body), receive), self._in_json(send))
+                exchange = _Exchange(bytes(body), receive, send)
+                await self.app(scope, exchange.receive, exchange.send)
+                if exchange.unanswered:
+                    raise Refused(503, 'the service cannot take the request just now; try again.', 'unavailable')
         except Refused as error:
             await self._refuse(send, error)
         finally:
@@ -130,37 +133,41 @@ class BodyGuard:
             self.on_refused(error.status, error.reason)
         await send_error(send, error.status, str(error))
 
-    def _in_json(self, send):
-        """Return a `send` that puts what is no JSON, the server's own refusals, into JSON.
 
-        Ray Serve answers with 404 while there is no application, with 503 if its queue is full, and with 500 if the
-        replica that had the request is gone: in all of these cases the client may try again.
-        """
-        replaced = False
+class _Exchange:
+    """What the application hears and says.
 
-        async def send_json(message) -> None:
-            nonlocal replaced
-            if message['type'] == 'http.response.start':
-                kind = next((value for name, value in message['headers'] if name.lower() == b'content-type'), b'')
-                replaced = message['status'] in (404, 500, 503) and not kind.startswith(b'application/json')
-                if replaced:
-                    await self._refuse(send, Refused(
-                        503, 'the service cannot take the request just now; try again.', 'unavailable'))
-            if not replaced:
-                await send(message)
+    It hears the body first, and then what happens to the connection. What it says is passed on, unless it is a refusal
+    in plain text, which is one of the server's own: Ray Serve answers with 404 while there is no application, with 503
+    if its queue is full, with 408 after a minute, and not at all if the replica that had the request is gone. In all of
+    these cases the client may try again.
+    """
 
-        return send_json
+    def __init__(self, body: bytes, receive: Callable, send: Callable):
+        self._body: bytes | None = body
+        self._receive = receive
+        self._send = send
+        self._gone = False
+        self._passed = None  # whether the answer was passed on, None before there is one
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether the client still waits for an answer."""
+        return not self._passed and not self._gone
 
-def _replay(body: bytes, receive):
-    """Return a `receive` that tells of the body first, and then what happens to the connection."""
-    told = False
+    async def receive(self) -> dict:
+        """Return the next message for the application."""
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {'type': 'http.request', 'body': body, 'more_body': False}
+        message = await self._receive()
+        self._gone = self._gone or (message['type'] == 'http.disconnect' and not self._passed)
+        return message
 
-    async def replay():
-        nonlocal told
-        if told:
-            return await receive()
-        told = True
-        return {'type': 'http.request', 'body': body, 'more_body': False}
-
-    return replay
+    async def send(self, message: dict) -> None:
+        """Take a message from the application."""
+        if message['type'] == 'http.response.start':
+            kind = next((value for name, value in message['headers'] if name.lower() == b'content-type'), b'')
+            self._passed = message['status'] not in (404, 408, 429, 500, 503) or kind.startswith(b'application/json')
+        if self._passed:
+            await self._send(message)
