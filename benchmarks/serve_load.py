@@ -91,12 +91,14 @@ def drive(address: str, images: list, phases: list[tuple[float, int]], period: f
         return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def counts(address: str) -> dict[str, int]:
-    """Return how many requests the service says it has answered, by status."""
+def counts(address: str) -> dict[str, dict[str, int]]:
+    """Return how many requests the service says it has answered, by status, and refused, by reason."""
     with urllib.request.urlopen(f'{address}/metrics') as response:
         text = response.read().decode()
-    found = re.findall(r'^hne_requests_total{status="(\d+)"} (\S+)$', text, re.M)
-    return {status: int(float(count)) for status, count in found}
+    found = re.findall(r'^hne_(requests|rejected)_total{\w+="(\w+)"} (\S+)$', text, re.M)
+    return {
+        kind: {label: int(float(count)) for name, label, count in found if name == kind}
+        for kind in ('requests', 'rejected')}
 
 
 def summary(records: list[dict]) -> dict[str, float | None]:

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
     folder = tempfile.mkdtemp(prefix='timm_hne_metrics_')
     # Read when Ray is imported, and by the processes that it starts.
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    os.environ.setdefault('RAY_worker_niceness', '0')  # Ray's 15 lets everybody else go first
     os.environ.update({
         'RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH': PROXY,
         # Otherwise Ray's own servers listen on all addresses; this is how it is on other systems than Linux.
