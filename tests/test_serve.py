@@ -385,6 +385,44 @@ def test_all_bodies_together_are_bounded():
     assert max(held) <= 250 and guard.held == 0
 
 
+def test_fewer_are_let_in_while_those_inside_come_too_late():
+    async def flood(guard, count):
+        statuses = []
+
+        async def one():
+            async def receive():
+                return chunk(1, False)
+
+            async def send(message):
+                if 'status' in message:
+                    statuses.append(message['status'])
+
+            await guard({'type': 'http', 'method': 'POST', 'headers': []}, receive, send)
+
+        await asyncio.gather(*[one() for _ in range(count)])
+        return statuses
+
+    capacity, reasons = 20, []
+
+    async def slow(scope, receive, send):
+        """In time for as many as there is capacity for."""
+        late = guard.inside > capacity
+        await asyncio.sleep(0.001)
+        headers = [(b'content-type', b'application/json')]
+        await send({'type': 'http.response.start', 'status': 503 if late else 200, 'headers': headers})
+        await send({'type': 'http.response.body', 'body': b'{}'})
+
+    guard = BodyGuard(slow, on_refused=lambda *args: reasons.append(args))
+    for _ in range(30):
+        statuses = asyncio.run(flood(guard, 100))
+        assert len(statuses) == 100 and guard.inside == 0
+    assert capacity / 2 <= guard.bound <= 2 * capacity  # of the 512 at first
+    assert statuses.count(200) >= capacity / 2 and (503, 'busy') in reasons
+    for _ in range(300):
+        assert asyncio.run(flood(guard, 8)) == [200] * 8
+    assert guard.bound > 2 * capacity
+
+
 def test_who_gets_no_answer_gets_one():
     """Ray says nothing if a replica was killed."""
     async def silent(scope, receive, send):

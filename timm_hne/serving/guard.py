@@ -7,6 +7,9 @@ from collections.abc import Callable
 # Bytes that are read and dropped of a body that is too large, so that its sender hears why, over the largest allowed.
 _DROPPED = 4
 
+# Bounds of the number of requests that the application has at a time.
+_LEAST_INSIDE, _MOST_INSIDE = 8, 512
+
 # Header that holds the seconds since 1970 at which all of a request was there. What clients put in it is removed.
 RECEIVED = b'x-hne-received'
 
@@ -74,6 +77,8 @@ class BodyGuard:
         self.on_refused = on_refused
         self.stamp = stamp
         self.held = 0
+        self.inside = 0
+        self.bound = float(_MOST_INSIDE)
 
     async def __call__(self, scope, receive, send) -> None:
         """Answer a request."""
@@ -93,14 +98,32 @@ class BodyGuard:
             if complete:
                 if self.stamp:
                     headers.append((RECEIVED, repr(time.time()).encode()))
-                exchange = _Exchange(bytes(body), receive, send)
-                await self.app(scope, exchange.receive, exchange.send)
-                if exchange.unanswered:
-                    raise Refused(503, 'the service cannot take the request just now; try again.', 'unavailable')
+                await self._hand_on(scope, _Exchange(bytes(body), receive, send))
         except Refused as error:
             await self._refuse(send, error)
         finally:
             self.held -= len(body)
+
+    async def _hand_on(self, scope, exchange: '_Exchange') -> None:
+        """Let the application answer, unless so many requests are in it that those before came too late.
+
+        Refusing costs far less here than further on, where in the end all would come too late. The bound goes up by one
+        for as many answers as it is, and down by a twentieth for each request that was refused there.
+        """
+        limited = self.stamp and scope.get('method') == 'POST'
+        if limited and self.inside >= self.bound:
+            raise Refused(503, 'too many requests are being answered; try again later.', 'busy')
+        self.inside += limited
+        try:
+            await self.app(scope, exchange.receive, exchange.send)
+        finally:
+            self.inside -= limited
+            if limited and exchange.status == 200:
+                self.bound = min(_MOST_INSIDE, self.bound + 1 / self.bound)
+            elif limited and exchange.status == 503:
+                self.bound = max(_LEAST_INSIDE, 0.95 * self.bound)
+        if exchange.unanswered:
+            raise Refused(503, 'the service cannot take the request just now; try again.', 'unavailable')
 
     async def _read(self, scope, receive, body: bytearray) -> bool:
         """Read into `body`; return whether the client is still there."""
@@ -149,6 +172,7 @@ class _Exchange:
         self._send = send
         self._gone = False
         self._passed = None  # whether the answer was passed on, None before there is one
+        self.status: int | None = None
 
     @property
     def unanswered(self) -> bool:
@@ -168,6 +192,7 @@ class _Exchange:
         """Take a message from the application."""
         if message['type'] == 'http.response.start':
             kind = next((value for name, value in message['headers'] if name.lower() == b'content-type'), b'')
+            self.status = message['status']
             self._passed = message['status'] not in (404, 408, 429, 500, 503) or kind.startswith(b'application/json')
         if self._passed:
             await self._send(message)
