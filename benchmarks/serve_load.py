@@ -110,7 +110,9 @@ def summary(records: list[dict]) -> dict[str, float | None]:
         'requests': len(records),
         'answered': len(answered),
         'rejected': sum(record['status'] == 503 for record in records),
-        'neither': sum(record['status'] not in (200, 503) for record in records),
+        # Locust stops clients in the middle of a request when the surge ends, and at the end.
+        'cut': sum(record['status'] is None for record in records),
+        'lost': sum(record['status'] not in (200, 503, None) for record in records),
         'p50_ms': quantiles[49] if quantiles else None,
         'p99_ms': quantiles[98] if quantiles else None,
         'members': statistics.mean(record['members'] for record in answered) if answered else None,
@@ -224,11 +226,11 @@ def main() -> None:
             rows.append([f'{name}, {phase}', *('-' if value is None else f'{value:.4g}' for value in values.values())])
             print(rows[-1], flush=True)
     header = [
-        'replicas', 'requests', 'answered', 'rejected', 'neither', 'p50 ms', 'p99 ms', 'members', 'accuracy %']
+        'replicas', 'requests', 'answered', 'rejected', 'cut', 'lost', 'p50 ms', 'p99 ms', 'members', 'accuracy %']
     text = (
         f'Requests per second: {users[0]}, {users[1]}, {users[2]} for {args.seconds} s; one replica with all members '
         f'answers {capacity:.0f}; target {args.target_ms:.0f} ms; a thread for each replica; clients on the same '
-        'machine.\n\n'
+        'machine. Cut: the client was stopped before it had its answer.\n\n'
         f'{describe_machine()}\n\n' + markdown_table(header, rows))
     print(text)
     write_text(args.output / 'serve.md', text)
