@@ -1,4 +1,4 @@
-"""The clients of `serve_load.py`, for Locust: each asks once a second for a random image, and writes down the outcome.
+"""The clients of `serve_load.py`, for Locust: each asks about once a second for a random image, and writes down the outcome.
 
     locust --headless -f benchmarks/serve_users.py --host http://127.0.0.1:8000
 
@@ -12,7 +12,7 @@ import random
 import time
 from pathlib import Path
 
-from locust import FastHttpUser, LoadTestShape, constant_throughput, task
+from locust import FastHttpUser, LoadTestShape, task
 
 IMAGES = [(Path(path).read_bytes(), name) for path, name in json.loads(os.environ['LOAD_IMAGES'])]
 PHASES = json.loads(os.environ['LOAD_PHASES'])
@@ -20,15 +20,23 @@ OUTPUT = open(os.environ['LOAD_OUTPUT'], 'w')  # noqa: SIM115
 atexit.register(OUTPUT.close)
 
 
+PERIOD = float(os.environ.get('LOAD_PERIOD', 1))
+
+
 class Client(FastHttpUser):
-    """Not slowed down by answers that take less than a period: the load does not depend on how the service does."""
-    wait_time = constant_throughput(1 / float(os.environ.get('LOAD_PERIOD', 1)))
+    """Asks at random times that do not depend on how long answers take, as long as these take less than a period."""
     connection_timeout = network_timeout = 60.
-    insecure = True
+    due = None
+
+    def wait_time(self):
+        """Return the seconds until the next request. Locust's `constant_throughput` would bring all users in step."""
+        now = time.time()
+        self.due = (now if self.due is None else self.due) + random.expovariate(1 / PERIOD)
+        return max(0., self.due - now)
 
     def on_start(self):
-        """Spread the users over the period."""
-        time.sleep(random.random() * float(os.environ.get('LOAD_PERIOD', 1)))
+        """Begin at a random time."""
+        time.sleep(random.random() * PERIOD)
 
     @task
     def predict(self):
