@@ -1,4 +1,4 @@
-"""The clients of `serve_load.py`, for Locust: each asks about once a second for a random image, and writes down the outcome.
+"""The clients of `serve_load.py`, for Locust: each asks about once a second, and writes down what became of it.
 
     locust --headless -f benchmarks/serve_users.py --host http://127.0.0.1:8000
 
