@@ -36,7 +36,9 @@ def noise(width=50, height=40, channels=3):
 
 @pytest.fixture(scope='module')
 def model():
-    return trained_model(nodes=NODES)
+    model = trained_model(nodes=NODES)
+    model.classifier.weight.data /= 100  # else one class is so sure that all probabilities are 0 or 1
+    return model
 
 
 @pytest.fixture(scope='module')
@@ -114,7 +116,7 @@ def test_classes_without_names_are_numbers(model):
     ('no_such_model', {}, RuntimeError),
     ('resnet50', {}, ValueError),
     ('hne_resnet50_c16', {}, RuntimeError),
-    ('/no/such/file.pth', {}, RuntimeError),
+    ('/no/such/file.pth', {}, ValueError),
     ('hne_resnet50_c8', {'engine': 'tensorflow'}, ValueError),
     ('hne_resnet50_c8', {'max_pixels': 0}, ValueError),
     ('hne_resnet50_c8', {'num_classes': 0}, ValueError),
@@ -219,7 +221,8 @@ def test_the_first_frame_of_an_animation_counts(classifier):
 
 
 def test_a_model_of_one_channel():
-    model = timm.create_model('hne_resnet50_c8', nodes=NODES, in_chans=1).eval()
+    model = timm.create_model('hne_resnet50_c8', nodes=NODES, in_chans=1, pretrained_cfg_overlay=dict(
+        input_size=(1, 32, 32), mean=(0.5,), std=(0.25,))).eval()
     assert Classifier(model, {}).image(noise()).shape == (1, 32, 32)
 
 
@@ -273,9 +276,10 @@ def test_a_bomb_is_refused_before_it_is_decoded(classifier, monkeypatch, size):
     def load(self):
         raise AssertionError('decoded')
 
+    data = bomb(*size)
     monkeypatch.setattr(Image.Image, 'load', load)
     with pytest.raises(ImageError, match='pixels'):
-        classifier.image(bomb(*size))
+        classifier.image(data)
 
 
 @pytest.mark.parametrize('size', [(1, 1_000_000), (1_000_000, 2)])

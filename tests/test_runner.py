@@ -17,6 +17,7 @@ from test_inference import images, small_resnet
 
 import timm_hne
 from timm_hne.inference import runner as runner_module
+from timm_hne.inference.optimize import optimize_for_inference
 from timm_hne.inference.runner import AdaptiveRunner, MemberPolicy, Overloaded, ShutDown
 
 TIMEOUT = 60  # seconds after which a test that hangs fails; nothing is asserted about time itself
@@ -640,3 +641,91 @@ def test_benchmark_with_few_answers(gate, load):
 
 def test_public_name():
     assert timm_hne.AdaptiveRunner is AdaptiveRunner
+
+# Requests with wishes of their own.
+
+def wished(model, requests, target=100.):
+    """Answer requests (image, arguments of submit) in one batch."""
+    entered, go = threading.Event(), threading.Event()
+    with AdaptiveRunner(
+            model, target, (3, 8, 8), max_batch_size=len(requests), max_queue=100, warmup_repeats=1) as runner:
+        evaluate = runner._evaluate
+
+        def wait(batch, n):
+            entered.set()
+            assert go.wait(TIMEOUT)
+            return evaluate(batch, n)
+
+        runner._evaluate = wait
+        first = runner.submit(images(1)[0])
+        assert entered.wait(TIMEOUT)
+        futures = [runner.submit(one, **wishes) for one, wishes in requests]
+        go.set()
+        first.result(TIMEOUT)
+        answers = [future.result(TIMEOUT) for future in futures]
+    assert_consistent(runner.stats)
+    assert runner.stats.members == model.ensemble_size + sum(answer.num_members for answer in answers)
+    return answers
+
+
+@pytest.mark.parametrize('optimized', [False, True])
+def test_members_and_thresholds_of_single_requests(optimized):
+    plain, x = small_resnet(), images(7)
+    model = optimize_for_inference(plain, engine='eager') if optimized else plain
+    size = model.ensemble_size
+    sure = plain(x, num_members=1).softmax(1).amax(1)[3].item()
+    wishes = [
+        dict(), dict(num_members=1), dict(num_members=3), dict(threshold=sure - 1e-4), dict(threshold=1.),
+        dict(threshold=0., num_members=2), dict(num_members=size)]
+    answers = wished(model, list(zip(x, wishes)))
+    expected = [size, 1, 3, None, size, 1, size]
+    for i, (answer, n) in enumerate(zip(answers, expected)):
+        if n is None:
+            assert answer.num_members == 1 if i == 3 else True
+        else:
+            assert answer.num_members == n
+        direct = plain(x[i:i + 1], num_members=answer.num_members)[0].detach()
+        torch.testing.assert_close(answer.logits, direct, rtol=1e-4, atol=1e-4)
+
+
+def test_few_members_for_all_are_all_that_is_computed(gate, runner):
+    gate.advance = lambda frontier, start, stop: (
+        gate.batches.append((start, stop)), (torch.zeros(len(frontier[0]), stop - start, 2), frontier))[1]
+    gate.nodes = (1,)
+    assert runner.submit(image(0), num_members=2).result(TIMEOUT).num_members == 2
+    assert gate.batches == [(0, 1), (1, 2)]
+
+
+def test_a_deadline_makes_members_fall(gate):
+    with AdaptiveRunner(gate, latency_target=100., max_batch_size=4) as runner:
+        runner.policy.seconds = {n: {size: float(n) for size in (1, 2, 4)} for n in (1, 2, 4)}
+        runner.policy.record = lambda *args: None
+        found = [runner.submit(image(0), deadline=s).result(TIMEOUT).num_members for s in (1.5, 3., 6., 1000.)]
+        assert found == [1, 2, 4, 4]
+        with pytest.raises(Overloaded, match=r'deadline=1\.1 s'):
+            runner.submit(image(0), deadline=1.1)
+        assert_consistent(runner.stats)
+
+
+def test_a_deadline_behind_others_makes_theirs_fall_too(gate):
+    with AdaptiveRunner(gate, latency_target=100., max_batch_size=1) as runner:
+        runner.policy.seconds = {n: {1: float(n)} for n in (1, 2, 4)}
+        runner.policy.record = lambda *args: None
+        first = block(gate, runner)
+        patient, urgent = runner.submit(image(0)), runner.submit(image(1), deadline=9.)
+        with pytest.raises(Overloaded):
+            runner.submit(image(2), deadline=4.)
+        gate.open.set()
+        assert first.result(TIMEOUT).num_members == 4
+        assert [patient.result(TIMEOUT).num_members, urgent.result(TIMEOUT).num_members] == [2, 4]
+
+
+@pytest.mark.parametrize('wishes, error', [
+    (dict(num_members=0), ValueError), (dict(num_members=5), ValueError), (dict(num_members=2.), TypeError),
+    (dict(deadline=0.), ValueError), (dict(deadline=float('nan')), ValueError), (dict(deadline='1'), TypeError),
+    (dict(threshold=1.5), ValueError), (dict(threshold='sure'), TypeError),
+])
+def test_wishes_that_are_refused(gate, runner, wishes, error):
+    with pytest.raises(error, match=next(iter(wishes))):
+        runner.submit(image(0), **wishes)
+    assert runner.stats.submitted == 0

@@ -14,8 +14,9 @@ COMMANDS = {
     'run': ('run', "run one of timm's scripts with the hne_* models and their loss"),
     'eval': ('evaluate', 'measure accuracy, diversity and calibration for every number of members'),
     'plot': ('plot', "draw the paper's figures and Table 1 from evaluations"),
-    'predict': ('predict', 'print the labels of image files, at a cost of your choice'),
+    'predict': ('predict', 'print the labels of image files, or write those of a whole folder to a table'),
     'app': ('app', 'open a page to try a model in the browser'),
+    'serve': ('serve', 'answer requests over HTTP, holding a latency'),
     'bench': ('bench', 'measure the latency of every number of members on this machine'),
     'export': ('export', 'write a folder that runs without PyTorch, or one program per number of members'),
     'publish': ('publish', 'publish a checkpoint on the Hugging Face Hub'),
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except ImportError as error:
-        extras = "pip install 'timm-hne[demo,plots,openvino]'"
+        extras = "pip install 'timm-hne[demo,plots,openvino,bulk,serve]'"
         parser.exit(1, f'timm-hne {args.command}: {error}. Optional packages come with {extras}.\n')
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         # On one line, as a shell's user expects; PyTorch's messages have several.

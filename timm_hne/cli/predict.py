@@ -1,4 +1,4 @@
-"""`timm-hne predict`: labels with probabilities for image files, at a fixed cost or within a time budget."""
+"""`timm-hne predict`: labels with probabilities for images, at a fixed cost or within a time budget, or as a table."""
 import argparse
 import sys
 import time
@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..checks import check_integer, check_number
 from ..images import find_images
+from ..inference.engines import ENGINES
 from ..process import keep_freed_memory
+from ..serving.bulk import Bulk, local_rows, predict_folder, ray_rows
 from ..serving.classifier import Classifier, ImageError
 from ..tree import validate_num_members
 from .arguments import add_model_kwargs, model_kwargs
@@ -51,10 +54,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='milliseconds that the network may take for an image; as many members as fit, at least one')
     parser.add_argument('--top-k', type=int, default=5, metavar='k', help='labels to print (default: %(default)s)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument(
+        '--engine', choices=['auto', 'none', *ENGINES],
+        help="what runs the model; 'none' is the model as it is, the default, and 'auto' that of a table")
+    table = parser.add_argument_group('a table of a whole folder')
+    table.add_argument(
+        '--output', metavar='PATH', help='.parquet or .csv to write; an interrupted command goes on when repeated')
+    table.add_argument('--batch-size', type=int, default=64, metavar='n', help='default: %(default)s')
+    table.add_argument('--workers', type=int, metavar='n', help='threads that load images, or processes of Ray')
+    table.add_argument('--ray', action='store_true', help='compute by Ray Data, on the cluster of $RAY_ADDRESS if set')
+
+
+def _write_table(args: argparse.Namespace) -> None:
+    if len(args.images) != 1 or not Path(args.images[0]).is_dir():
+        raise ValueError(f'images must be one folder for a table, got {" ".join(args.images)}.')
+    if args.budget_ms is not None:
+        raise ValueError('budget_ms is for images that are printed; a table takes num_members.')
+    if args.workers is not None:
+        check_integer('workers', args.workers, 1)
+    bulk = Bulk(
+        args.model, args.engine or 'auto', args.device, model_kwargs(args), args.num_members, args.top_k,
+        args.batch_size)
+    bar = tqdm(unit='image')
+
+    def progress(total: int, done: int):
+        bar.total, bar.initial, bar.n = total, done, done
+        bar.refresh()
+        return bar.update
+
+    with bar:
+        rows = predict_folder(
+            args.images[0], args.output, bulk, ray_rows if args.ray else local_rows, args.workers, progress=progress)
+    print(f'{args.output}  {rows} images')
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the most probable labels of every image.
+    """Print the most probable labels of every image, or write them to a table.
 
     Raises:
         OSError: An image or the weights cannot be read.
@@ -66,7 +101,10 @@ def run(args: argparse.Namespace) -> None:
         check_number('budget_ms', args.budget_ms, 0, above=True)
     if torch.device(args.device).type == 'cpu':
         keep_freed_memory()
-    classifier = Classifier.open(args.model, 'none', args.device, **model_kwargs(args))
+    if args.output is not None:
+        _write_table(args)
+        return
+    classifier = Classifier.open(args.model, args.engine or 'none', args.device, **model_kwargs(args))
     labels = classifier.class_names
     unusual = 0
     if args.budget_ms is None:

@@ -102,7 +102,7 @@ def exit_scores(member_logits: torch.Tensor, criterion: str) -> torch.Tensor:
     return highest[:, 0] - highest[:, 1]
 
 
-def _is_sure(scores: torch.Tensor, threshold: float, criterion: str) -> torch.Tensor:
+def _is_sure(scores: torch.Tensor, threshold: float | torch.Tensor, criterion: str) -> torch.Tensor:
     return scores <= threshold if criterion == 'entropy' else scores >= threshold
 
 
@@ -146,9 +146,34 @@ def early_exit(
     check_images(x, model.in_chans)
     validate_criterion(criterion, threshold, model.num_classes)
     schedule = validate_schedule(schedule, model.ensemble_size)
+    return exit_in_batch(model, x, torch.full((len(x),), float(threshold)), criterion, schedule)
+
+
+@torch.no_grad()
+def exit_in_batch(
+        model: HierarchicalEnsemble,
+        x: torch.Tensor,
+        thresholds: torch.Tensor,
+        criterion: str,
+        schedule: Sequence[int],
+        limits: torch.Tensor | None = None,
+) -> EarlyExit:
+    """Evaluate as many members as each image needs, by thresholds and bounds of its own.
+
+    Args:
+        model: As `early_exit` takes it.
+        x: Images `(B, C, H, W)`.
+        thresholds: `(B,)`, what the criterion must reach for each image.
+        criterion: As `early_exit` takes it.
+        schedule: Increasing numbers of members after which images may leave.
+        limits: `(B,)`, the number of members at most for each image. One between two of the schedule costs as much as
+            the higher one. No image has another bound than the schedule's end if None.
+    """
     step, frontier, start = stepper(model), first_frontier(model, x), 0
     active = torch.arange(len(x), device=x.device)
     used = torch.full_like(active, schedule[0])
+    limits = torch.full_like(active, schedule[-1]) if limits is None else limits.to(x.device)
+    thresholds = thresholds.to(x.device)
     member_logits = result = None
     for stop in schedule:
         new, frontier = step(frontier, start, stop)
@@ -158,7 +183,11 @@ def early_exit(
             result = torch.empty_like(logits)
         # Written for all that take part; those that stay are overwritten at the next step.
         result[active], used[active] = logits, stop
-        stay = ~_is_sure(exit_scores(member_logits, criterion), threshold, criterion)
+        stay = ~_is_sure(exit_scores(member_logits, criterion), thresholds[active], criterion)
+        for i in (limits[active] < stop).nonzero().flatten().tolist():
+            limit = limits[active[i]]
+            result[active[i]], used[active[i]] = member_logits[i, :limit].mean(dim=0), limit
+        stay &= limits[active] > stop
         if stop == schedule[-1] or not stay.any():
             break
         active, member_logits = active[stay], member_logits[stay]

@@ -3,6 +3,7 @@ import atexit
 import contextlib
 import itertools
 import logging
+import math
 import os
 import statistics
 import threading
@@ -11,8 +12,6 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -22,8 +21,12 @@ from ..models.anytime import check_ready, validate_schedule
 from ..models.ensemble import HierarchicalEnsemble
 from ..process import frozen_garbage
 from ..tree import prefixes
+from .early_exit import exit_in_batch, validate_criterion
 from .optimize import OptimizedEnsemble
 from .policy import MemberPolicy
+from .requests import Answer, Overloaded, Request, RunnerStats, ShutDown
+
+__all__ = ['AdaptiveRunner', 'Answer', 'Overloaded', 'RunnerStats', 'ShutDown']
 
 _logger = logging.getLogger(__name__)
 
@@ -43,45 +46,6 @@ def _shut_down_all() -> None:
         runner.shutdown(drain=False, wait=False)
     for runner in runners:
         runner.shutdown()
-
-
-class Overloaded(RuntimeError):
-    """The request was rejected because too many others are waiting."""
-
-
-class ShutDown(RuntimeError):
-    """The request was rejected because the runner has been shut down."""
-
-
-class Answer(NamedTuple):
-    """What a request's future resolves to.
-
-    Attributes:
-        logits: `(num_classes,)`, in single precision on the CPU.
-        num_members: Number of members that were evaluated.
-    """
-    logits: torch.Tensor
-    num_members: int
-
-
-@dataclass
-class RunnerStats:
-    """Counts since the start. `submitted` is the sum of the others and of the requests that are still waiting.
-
-    Attributes:
-        submitted: Requests made of a runner that was not shut down.
-        answered: Requests whose future has a result.
-        rejected: Requests refused because too many were waiting, or thrown out of the queue by a shutdown.
-        failed: Requests whose future has the model's exception.
-        cancelled: Requests whose future was cancelled, or resolved, by the client while they waited.
-        members: Sum of the members evaluated over the answered requests.
-    """
-    submitted: int = 0
-    answered: int = 0
-    rejected: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    members: int = 0
 
 
 class AdaptiveRunner:
@@ -156,8 +120,7 @@ class AdaptiveRunner:
         self.stats = RunnerStats()
         self.policy = MemberPolicy(latency_target, self._measure(warmup_repeats))
         self._process = os.getpid()
-        # Requests as (image, future, time of arrival).
-        self._queue: deque[tuple[torch.Tensor, Future, float]] = deque()
+        self._queue: deque[Request] = deque()
         self._arrivals: deque[float] = deque()
         self._condition = threading.Condition()
         # When the batch that is being computed should be done; None while there is none.
@@ -176,6 +139,16 @@ class AdaptiveRunner:
     def __exit__(self, *exc_info) -> None:
         self.shutdown()
 
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a batch."""
+        return len(self._queue)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the runner has been shut down."""
+        return self._closed
+
     @torch.no_grad()
     def _evaluate(self, images: torch.Tensor, num_members: int) -> torch.Tensor:
         weight = next(self.model.parameters())
@@ -191,6 +164,17 @@ class AdaptiveRunner:
             part = next((name for name, module in self.model.named_modules() if module.training), 'a part')
             raise ValueError(
                 f'model must be in evaluation mode, got one with {part} in training mode; call model.eval() first.')
+
+    @torch.no_grad()
+    def _exit_early(self, images: torch.Tensor, num_members: int, requests: list[Request]) -> tuple:
+        weight = next(self.model.parameters())
+        self._check_mode()
+        thresholds, limits = [math.inf if r.threshold is None else r.threshold for r in requests], [
+            num_members if r.limit is None else min(r.limit, num_members) for r in requests]
+        logits, used = exit_in_batch(
+            self.model, images.to(weight.device, weight.dtype), torch.tensor(thresholds), 'confidence',
+            [n for n in self.schedule if n <= num_members], torch.tensor(limits))
+        return logits.float().cpu(), used.tolist()
 
     def _measure(self, repeats: int) -> dict[int, dict[int, float]]:
         """Measure powers of two up to the largest batch; medians, made to increase with the batch."""
@@ -211,20 +195,30 @@ class AdaptiveRunner:
             seconds[num_members] = dict(zip(sizes, itertools.accumulate((row[size] for size in sizes), max)))
         return seconds
 
-    def submit(self, image: torch.Tensor) -> 'Future[Answer]':
+    def submit(
+            self,
+            image: torch.Tensor,
+            num_members: int | None = None,
+            deadline: float | None = None,
+            threshold: float | None = None,
+    ) -> 'Future[Answer]':
         """Queue an image; may be called from any thread.
 
         Args:
             image: `(C, H, W)` of the runner's `input_size`; it is copied.
+            num_members: Number of members at most; as many as there is time for if None. Under load it gets fewer,
+                as all do.
+            deadline: Seconds that this request may take; the latency target of all if None.
+            threshold: Probability of the first class at which this image gets no further members; none if None.
 
         Returns:
             Future of an `Answer`. It fails with `ShutDown` if a shutdown throws the request out of the queue, and with
             the model's exception if the model raises one.
 
         Raises:
-            TypeError: `image` is no floating point tensor.
-            ValueError: `image` is of another size.
-            Overloaded: Too many requests are waiting.
+            TypeError: An argument is of a wrong type.
+            ValueError: `image` is of another size, or another argument is out of range.
+            Overloaded: Too many requests are waiting, or the deadline is too short.
             ShutDown: The runner has been shut down.
             RuntimeError: The runner was made by another process, of which this is a fork.
         """
@@ -237,8 +231,13 @@ class AdaptiveRunner:
             raise TypeError(f'image must be a floating point tensor, got {kind}.')
         if tuple(image.shape) != self.input_size:
             raise ValueError(f'image must be of shape {self.input_size}, got {tuple(image.shape)}.')
+        if num_members is not None:
+            check_integer('num_members', num_members, 1, self.model.ensemble_size)
+        if deadline is not None:
+            check_number('deadline', deadline, 0, above=True)
+        if threshold is not None:
+            validate_criterion('confidence', threshold, self.model.num_classes)
         image = image.detach().to('cpu', torch.float, copy=True)
-        future: Future[Answer] = Future()
         with self._condition:
             if self._closed:
                 raise ShutDown('The runner has been shut down; the request was rejected.')
@@ -246,30 +245,29 @@ class AdaptiveRunner:
             now = _clock()
             self._arrivals.append(now)
             self._forget_arrivals(now)
-            if self._refusal(now) is not None:
+            if self._refusal(now, deadline) is not None:
                 self._drop_cancelled()
-            refusal = self._refusal(now)
+            refusal = self._refusal(now, deadline)
             if refusal is not None:
                 self.stats.rejected += 1
                 raise Overloaded(refusal)
-            self._queue.append((image, future, now))
+            request = Request(image, now - self.policy.head_start(deadline), num_members, threshold)
+            self._queue.append(request)
             self._condition.notify()
-        return future
+        return request.future
 
-    def _refusal(self, now: float) -> str | None:
+    def _refusal(self, now: float, deadline: float | None) -> str | None:
         """Return why a request that arrives now is to be rejected, None if it is not."""
         waiting = len(self._queue)
-        if self.max_queue is not None:
-            full = waiting >= self.max_queue
-            return f'max_queue={self.max_queue} requests are waiting; the request was rejected.' if full else None
-        if not waiting and self._busy_until is None:  # nobody could be faster
-            return None
+        if self.max_queue is not None and waiting >= self.max_queue:
+            return f'max_queue={self.max_queue} requests are waiting; the request was rejected.'
+        if deadline is None and (self.max_queue is not None or (not waiting and self._busy_until is None)):
+            return None  # either nothing else was asked for, or nobody could be faster
         busy = 0. if self._busy_until is None else max(0., self._busy_until - now)
-        if not self.policy.would_be_late(waiting, busy):
+        if not self.policy.would_be_late(waiting, busy, deadline):
             return None
-        return (
-            f'with {waiting} requests waiting, this one could not be answered within '
-            f'latency_target={self.policy.latency_target:.3g} s; it was rejected.')
+        limit = f'latency_target={self.policy.latency_target:.3g}' if deadline is None else f'deadline={deadline:.3g}'
+        return f'with {waiting} requests waiting, this one could not be answered within {limit} s; it was rejected.'
 
     def shutdown(self, drain: bool = True, wait: bool = True) -> None:
         """Accept no more requests. May be called again, from any thread; does nothing in a fork of the process.
@@ -291,13 +289,13 @@ class AdaptiveRunner:
         if wait and threading.current_thread() is not self._worker:
             self._worker.join()
 
-    def _reject(self, requests: list[tuple[torch.Tensor, Future, float]]) -> None:
+    def _reject(self, requests: list[Request]) -> None:
         # Outside the lock: a future runs its callbacks at once, and they may submit again.
-        for _, future, _ in requests:
-            if self._claim(future):
+        for request in requests:
+            if self._claim(request.future):
                 with self._condition:
                     self.stats.rejected += 1
-                _resolve(future, ShutDown('The runner was shut down before the request was answered.'))
+                _resolve(request.future, ShutDown('The runner was shut down before the request was answered.'))
 
     def _claim(self, future: Future) -> bool:
         """Make a future ours to resolve, unless its client has cancelled it or resolved it."""
@@ -314,16 +312,16 @@ class AdaptiveRunner:
     def _drop_cancelled(self) -> None:
         kept, dropped = deque(), []
         for request in self._queue:
-            (dropped if request[1].cancelled() else kept).append(request)
+            (dropped if request.future.cancelled() else kept).append(request)
         self._queue = kept
         for request in dropped:
-            self._claim(request[1])
+            self._claim(request.future)
 
     def _forget_arrivals(self, now: float) -> None:
         while self._arrivals and self._arrivals[0] < now - self.policy.latency_target:
             self._arrivals.popleft()
 
-    def _next_batch(self) -> tuple[list[tuple[torch.Tensor, Future, float]], dict[str, float]] | None:
+    def _next_batch(self) -> tuple[list[Request], dict[str, float]] | None:
         """Wait for requests; return a batch and what `MemberPolicy.choose` wants to know, or None at the end."""
         with self._condition:
             while not self._queue and not self._closed:
@@ -335,7 +333,7 @@ class AdaptiveRunner:
             self._forget_arrivals(now)
             return batch, {
                 'waiting': len(self._queue),
-                'waiting_age': now - self._queue[0][2] if self._queue else 0.,
+                'waiting_age': now - min(request.since for request in self._queue) if self._queue else 0.,
                 'arrival_rate': len(self._arrivals) / self.policy.latency_target,
             }
 
@@ -343,7 +341,7 @@ class AdaptiveRunner:
         try:
             while (work := self._next_batch()) is not None:
                 requests, load = work
-                requests = [request for request in requests if self._claim(request[1])]
+                requests = [request for request in requests if self._claim(request.future)]
                 if requests:
                     self._answer(requests, load)
         finally:
@@ -351,29 +349,40 @@ class AdaptiveRunner:
             self.shutdown(drain=False, wait=False)
             self._context.close()
 
-    def _answer(self, requests: list[tuple[torch.Tensor, Future, float]], load: dict[str, float]) -> None:
-        images, futures, arrivals = zip(*requests)
+    def _answer(self, requests: list[Request], load: dict[str, float]) -> None:
         try:
             begin = _clock()
-            num_members = self.policy.choose(len(requests), oldest_age=begin - arrivals[0], **load)
+            oldest = min(request.since for request in requests)
+            num_members = self.policy.choose(len(requests), oldest_age=begin - oldest, **load)
+            plain = all(request.plain for request in requests)
+            if not plain:
+                most = max(request.limit or self.model.ensemble_size for request in requests)
+                num_members = min(num_members, next((n for n in self.schedule if n >= most), self.schedule[-1]))
+            expected = self.policy.expected(num_members, len(requests))
             with self._condition:
-                self._busy_until = begin + self.policy.expected(num_members, len(requests))
-            logits = self._evaluate(torch.stack(images), num_members)
-            self.policy.record(num_members, len(requests), _clock() - begin)
+                self._busy_until = begin + expected
+            images = torch.stack([request.image for request in requests])
+            if plain:
+                logits, used = self._evaluate(images, num_members), [num_members] * len(requests)
+            else:
+                logits, used = self._exit_early(images, num_members, requests)
+            duration = _clock() - begin
+            if plain or duration > expected:  # images that left early say nothing of how long the others take
+                self.policy.record(num_members, len(requests), duration)
         except BaseException as error:  # whatever it is, these clients must not wait for ever
             _logger.exception('a batch of %d requests failed', len(requests))
             with self._condition:
                 self._busy_until = None
                 self.stats.failed += len(requests)
-            for future in futures:
-                _resolve(future, error)
+            for request in requests:
+                _resolve(request.future, error)
             return
         with self._condition:
             self._busy_until = None
             self.stats.answered += len(requests)
-            self.stats.members += num_members * len(requests)
-        for future, row in zip(futures, logits):
-            _resolve(future, Answer(row.clone(), num_members))
+            self.stats.members += sum(used)
+        for request, row, count in zip(requests, logits, used):
+            _resolve(request.future, Answer(row.clone(), count))
 
 
 def _resolve(future: Future, outcome: Answer | BaseException) -> None:

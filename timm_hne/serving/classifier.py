@@ -102,7 +102,9 @@ class Classifier:
         self.model = model
         self.ensemble_size: int = model.ensemble_size
         self.num_classes: int = model.num_classes
-        self.class_names = tuple(map(str, cfg.get('label_names') or range(self.num_classes)))
+        names = cfg.get('label_names') or ()
+        # The names of other weights may be left of those that a model was made from.
+        self.class_names = tuple(map(str, names if len(names) == self.num_classes else range(self.num_classes)))
         self.prefixes: tuple[int, ...] = getattr(model, 'schedule', prefixes(self.ensemble_size))
         self.macs = macs
         self.results = results

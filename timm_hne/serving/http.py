@@ -1,0 +1,185 @@
+"""The HTTP side of the service, as an ASGI application; it knows nothing of Ray."""
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ..checks import check_integer, check_number
+from ..inference.runner import AdaptiveRunner, Overloaded, ShutDown
+from .classifier import Classifier, ImageError
+from .guard import RECEIVED, BodyGuard, Refused
+from .metrics import CONTENT_TYPE, Metrics
+
+
+def _number(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        what = 'an integer' if kind is int else 'a number'
+        raise ValueError(f'{name} must be {what}, got {text[:40]!r}.') from None
+
+
+def read_options(query: list[tuple[str, str]], ensemble_size: int) -> dict[str, Any]:
+    """Return the options of a request: `num_members`, `deadline` in seconds, `threshold` and `top_k`.
+
+    Args:
+        query: Names and values of the query's parameters.
+        ensemble_size: Number of members, N.
+
+    Raises:
+        ValueError: A parameter is unknown, given twice, or out of range.
+    """
+    kinds = {'num_members': int, 'deadline_ms': float, 'threshold': float, 'top_k': int}
+    names = [name for name, _ in query]
+    for name in names:
+        if name not in kinds:
+            raise ValueError(f'unknown parameter {name[:40]!r}; there are {", ".join(kinds)}.')
+        if names.count(name) > 1:
+            raise ValueError(f'{name} must be given once, got it {names.count(name)} times.')
+    given = {name: _number(name, text, kinds[name]) for name, text in query}
+    if 'num_members' in given:
+        check_integer('num_members', given['num_members'], 1, ensemble_size)
+    if 'top_k' in given:
+        check_integer('top_k', given['top_k'], 1)
+    if 'threshold' in given:
+        check_number('threshold', given['threshold'], 0, 1)
+    if 'deadline_ms' in given:
+        check_number('deadline_ms', given['deadline_ms'], 0, above=True)
+    deadline = given.get('deadline_ms')
+    return {
+        'num_members': given.get('num_members'), 'threshold': given.get('threshold'), 'top_k': given.get('top_k', 5),
+        'deadline': None if deadline is None else deadline / 1000,
+    }
+
+
+class Application:
+    """Answers the requests of HTTP; see `create_app`.
+
+    Args:
+        classifier: The model.
+        runner: What evaluates it.
+        decoders: Number of images that are decoded at a time.
+    """
+
+    def __init__(self, classifier: Classifier, runner: AdaptiveRunner, decoders: int = 2):
+        self.classifier = classifier
+        self.runner = runner
+        self.metrics = Metrics(classifier.prefixes)
+        self._decoders = asyncio.Semaphore(decoders)
+
+    async def predict(self, request: Request) -> Response:
+        """Classify the image in the body."""
+        # What it took until now, in queues of whoever handed it on.
+        begin = time.perf_counter() - max(0., time.time() - float(request.headers[RECEIVED.decode()]))
+        try:
+            answer = await self._answer(request, begin)
+        except Refused as error:
+            self.metrics.refuse(error.status, error.reason)
+            headers = {'retry-after': '1'} if error.status == 503 else None
+            return JSONResponse({'error': str(error)}, error.status, headers)
+        finally:
+            self.metrics.queue.set(self.runner.waiting)
+        seconds = time.perf_counter() - begin
+        self.metrics.requests.labels(200).inc()
+        self.metrics.seconds.observe(seconds)
+        self.metrics.members.observe(answer['num_members'])
+        return JSONResponse({**answer, 'milliseconds': round(1000 * seconds, 3)})
+
+    async def _answer(self, request: Request, begin: float) -> dict[str, Any]:
+        try:
+            options = read_options(request.query_params.multi_items(), self.classifier.ensemble_size)
+        except ValueError as error:
+            raise Refused(400, str(error), 'parameter') from error
+        if request.headers.get('content-type', '').startswith('multipart/'):
+            raise Refused(
+                415, 'the body must be the bytes of the image itself, not a form; curl has --data-binary for that.',
+                'form')
+        top_k, deadline = options.pop('top_k'), options.pop('deadline')
+        target = self.runner.policy.latency_target if deadline is None else deadline
+        image = await self._decode(await request.body(), begin + target)
+        spent = time.perf_counter() - begin
+        if spent >= target:
+            raise Refused(503, 'the time was up before the image was decoded; try again later.', 'deadline')
+        if deadline is not None:
+            deadline -= spent
+        try:
+            future = self.runner.submit(image, deadline=deadline, **options)
+            self.metrics.queue.set(self.runner.waiting)
+            # If the client goes away, so does its request, unless it is being computed.
+            logits, num_members = await asyncio.wrap_future(future)
+        except Overloaded as error:
+            raise Refused(503, str(error), 'overloaded') from error
+        except ShutDown as error:
+            raise Refused(503, str(error), 'shut_down') from error
+        except Exception as error:  # whatever a model raises; the runner has logged it
+            raise Refused(500, 'the model failed.', 'failed') from error
+        classes = [label._asdict() for label in self.classifier.top(logits, num_members, top_k)]
+        return {'classes': classes, 'num_members': num_members}
+
+    async def _decode(self, data: bytes, until: float) -> torch.Tensor:
+        try:
+            await asyncio.wait_for(self._decoders.acquire(), until - time.perf_counter())
+        except asyncio.TimeoutError:
+            raise Refused(503, 'too many images are being decoded; try again later.', 'decoding') from None
+        decoding = asyncio.ensure_future(run_in_threadpool(self.classifier.image, data))
+        # Not before the thread is done, also if the client goes away meanwhile.
+        decoding.add_done_callback(lambda done: (self._decoders.release(), done.cancelled() or done.exception()))
+        try:
+            return await asyncio.shield(decoding)
+        except ImageError as error:
+            raise Refused(400, str(error), 'image') from error
+
+    async def health(self, request: Request) -> Response:
+        """Tell whether requests are taken."""
+        if self.runner.closed:
+            return JSONResponse({'status': 'shutting down'}, 503)
+        return JSONResponse({
+            'status': 'ok', 'members': self.classifier.ensemble_size, 'classes': self.classifier.num_classes,
+            'engine': self.classifier.engine, 'latency_target_ms': 1000 * self.runner.policy.latency_target,
+        })
+
+    async def report(self, request: Request) -> Response:
+        """Report the metrics."""
+        self.metrics.queue.set(self.runner.waiting)
+        return Response(self.metrics.report(), headers={'content-type': CONTENT_TYPE})
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    messages = {404: 'there is nothing here; POST an image to /predict.', 405: f'{request.method} is not allowed here.'}
+    return JSONResponse(
+        {'error': messages.get(error.status_code, str(error.detail))}, error.status_code, headers=error.headers)
+
+
+def create_app(
+        classifier: Classifier,
+        runner: AdaptiveRunner,
+        decoders: int = 2,
+        **limits: Any,
+) -> Callable:
+    """Return the ASGI application: POST /predict, GET /health, GET /metrics.
+
+    Args:
+        classifier: The model.
+        runner: What evaluates it; it must be of `classifier.model`. Whoever made it shuts it down.
+        decoders: Number of images that are decoded at a time.
+        **limits: Further arguments of `BodyGuard`.
+    """
+    application = Application(classifier, runner, decoders)
+    return Starlette(
+        routes=[
+            Route('/predict', application.predict, methods=['POST']),
+            Route('/health', application.health, methods=['GET']),
+            Route('/metrics', application.report, methods=['GET']),
+        ],
+        middleware=[Middleware(BodyGuard, on_refused=application.metrics.refuse, **limits)],
+        exception_handlers={HTTPException: _http_error},
+    )
