@@ -21,6 +21,7 @@ from timm_hne.training.recipe import read_recipe
 
 DIGITS_RECIPE = read_recipe('digits.yaml')
 MODEL = DIGITS_RECIPE['model']
+ALONE = 0.05  # seconds that each callable runs before it is timed
 
 
 def add_subject(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +53,8 @@ def load_subject(args: argparse.Namespace) -> tuple[HierarchicalEnsemble, torch.
 def paired_times(callables: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
     """Time callables in turn, so that a change in the machine's speed meets all of them alike.
 
-    Before each timed call there is one that is not: the caches are then those of a process that does only this, and no
-    thread of another library still waits for work.
+    Before each timed call there are others that are not timed: the caches are then those of a process that does only
+    this, and other libraries' threads have ceased to spin.
 
     Args:
         callables: What to time, by name. On an accelerator each must wait for its own result.
@@ -66,7 +67,10 @@ def paired_times(callables: dict[str, Callable[[], Any]], repeats: int, warmup: 
     seconds: dict[str, list[float]] = {name: [] for name in callables}
     for repeat in range(-warmup, repeats):
         for name, function in callables.items():
+            begin = time.perf_counter()
             function()
+            while time.perf_counter() < begin + ALONE:
+                function()
             start = time.perf_counter()
             function()
             elapsed = time.perf_counter() - start

@@ -55,19 +55,23 @@ def engines(args: argparse.Namespace) -> list[str]:
 
 
 def forms(model: HierarchicalEnsemble, args: argparse.Namespace) -> dict[str, OptimizedEnsemble]:
-    """Return the model in the form of each engine, and in 8 bits, by the names of what really ran."""
-    made = [optimize_for_inference(model, engine=name) for name in engines(args)]
-    made += [quantize(model, images(model, 32, args), engine=name)
-             for name in ('openvino', 'onnxruntime') if name in engines(args)]
+    """Return the model in the form of each engine, in bfloat16, and in 8 bits, by the names of what really ran."""
+    made = {name: optimize_for_inference(model, engine=name) for name in engines(args)}
+    if 'openvino' in made:
+        made['openvino, bfloat16'] = optimize_for_inference(model, engine='openvino', dtype=torch.bfloat16)
+    calibration = images(model, 32, args)
+    for name in ('openvino', 'onnxruntime'):
+        if name in made:
+            made[f'{name}, int8'] = quantize(model, calibration, engine=name)
     named = {}
-    for form in made:
+    for name, form in made.items():
         try:
             for batch_size in args.batch_sizes:
                 form(images(model, batch_size, args))
         except RuntimeError as error:
-            print(f'{form.mode} is left out: {error}')
+            print(f'{name} is left out: {error}')
         else:
-            named[form.mode] = form
+            named[name if form.mode.startswith(name.partition(',')[0]) else form.mode] = form
     return named
 
 
@@ -143,7 +147,7 @@ def plot_scaling(results: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     macs = results['macs']
-    figure = Figure(figsize=(6, 4), layout='constrained')
+    figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
     for name, result in results.items():
         if name != 'macs':
@@ -153,7 +157,7 @@ def plot_scaling(results: dict, path: Path) -> None:
     limit = macs[max(macs)] / macs[1]
     axes.plot([1, limit], [1, limit], 'k:', label='MACs')
     axes.set(xlabel='MACs / MACs(1)', ylabel='time / time(1)', title='Latency follows the arithmetic')
-    axes.legend()
+    figure.legend(loc='outside right center', fontsize='small')
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
