@@ -56,11 +56,16 @@ def whole(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_logging():
-    """Undo what commands set up for their process: handlers that write to the standard error of one test."""
+    """Undo what commands set up for their process: levels, and handlers that write to one test's standard error."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+
+    def loggers():
+        return [root, *(logger for logger in root.manager.loggerDict.values() if isinstance(logger, logging.Logger))]
+
+    handlers, levels = root.handlers[:], {logger.name: logger.level for logger in loggers()}
     yield
     for handler in root.handlers[:]:
         if handler not in handlers:
             root.removeHandler(handler)
-    root.setLevel(level)
+    for logger in loggers():
+        logger.setLevel(levels.get(logger.name, logging.NOTSET))

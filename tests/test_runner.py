@@ -151,6 +151,8 @@ def runner(gate):
 
 def block(gate, runner):
     """Keep the worker busy with one request; return its future."""
+    while gate.entered.acquire(blocking=False):  # by the warm-up
+        pass
     gate.open.clear()
     future = runner.submit(image(-1))
     assert gate.entered.acquire(timeout=TIMEOUT)

@@ -11,7 +11,7 @@ def trees(draw):
     """Numbers of nodes whose entries divide the next one."""
     nodes = [draw(st.integers(1, 4))]
     for branching in draw(st.lists(st.integers(1, 4), max_size=5)):
-        nodes.append(nodes[-1] * branching)
+        nodes.append(min(nodes[-1] * branching, nodes[-1] * (MAX_NODES // nodes[-1])))
     return tuple(nodes)
 
 

@@ -52,7 +52,7 @@ def no_network(monkeypatch):
 
 def test_everything_that_is_packaged_has_a_tag_and_a_card():
     files = {path.stem for path in PACKAGED.glob('*.safetensors')}
-    assert files == set(NAMES) == {path.parent.name for path in CARDS.glob('*/README.md')}
+    assert files == set(NAMES) == {path.parent.name for path in CARDS.glob('*.*/README.md')}
     assert 'hne_resnet50_c8.hcd_cifar10' in NAMES
     recorded = read_digests(PACKAGED / 'SHA256SUMS')
     assert recorded == {path.name: digest(path.read_bytes()) for path in PACKAGED.glob('*.safetensors')}
