@@ -39,7 +39,7 @@ def measure(base: str, engine: str, batch_sizes: list[int], repeats: int) -> lis
         for n in prefixes(SIZE):
             calls[f'tree {n}'] = lambda x=x, n=n: tree(x, n)
             calls[f'separate {n}'] = lambda x=x, n=n: separate(x, n)
-        ms = {name: 1000 * seconds for name, seconds in paired_medians(calls, repeats, warmup=2).items()}
+        ms = {name: 1000 * seconds for name, seconds in paired_medians(calls, repeats).items()}
         rows += [{
             'base': base, 'nodes': list(ensemble.nodes), 'batch_size': batch_size, 'n': n, 'engine': tree.mode,
             'macs': macs[n], 'tree_ms': ms[f'tree {n}'], 'separate_ms': ms[f'separate {n}'],
