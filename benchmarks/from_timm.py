@@ -5,8 +5,11 @@
 In one run and in turn, for each base: n members of the default tree, n separate networks, and the base through
 torch.compile, as its user would have it. Tree and separate networks are run by the same engine (`--engine`), the latter
 as a tree that shares nothing, of which n members are exactly n networks; one of them is the base. Figures are medians.
+What the report has of this machine already is not measured again.
 """
 import argparse
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import timm
@@ -24,15 +27,14 @@ SIZE = 8
 
 
 @torch.no_grad()
-def measure(base: str, engine: str, batch_sizes: list[int], repeats: int) -> list[dict]:
-    """Return a row for each batch size and number of members."""
+def measure(base: str, engine: str, batch_sizes: list[int], repeats: int) -> Iterator[list[dict]]:
+    """Yield the rows of each batch size, one for each number of members."""
     model = timm.create_model(base).eval()
     ensemble = hierarchize(model, ensemble_size=SIZE)
     macs = member_macs(ensemble)
     tree = optimize_for_inference(ensemble, engine=engine)
     separate = optimize_for_inference(hierarchize(model, nodes=(SIZE,) * len(ensemble.nodes)), engine=engine)
     compiled = torch.compile(model)
-    rows = []
     for batch_size in batch_sizes:
         x = torch.randn(batch_size, 3, 224, 224)
         calls = {'compiled': lambda x=x: compiled(x)}
@@ -40,12 +42,11 @@ def measure(base: str, engine: str, batch_sizes: list[int], repeats: int) -> lis
             calls[f'tree {n}'] = lambda x=x, n=n: tree(x, n)
             calls[f'separate {n}'] = lambda x=x, n=n: separate(x, n)
         ms = {name: 1000 * seconds for name, seconds in paired_medians(calls, repeats).items()}
-        rows += [{
+        yield [{
             'base': base, 'nodes': list(ensemble.nodes), 'batch_size': batch_size, 'n': n, 'engine': tree.mode,
             'macs': macs[n], 'tree_ms': ms[f'tree {n}'], 'separate_ms': ms[f'separate {n}'],
             'base_ms': ms['separate 1'], 'compiled_ms': ms['compiled'],
         } for n in prefixes(SIZE)]
-    return rows
 
 
 def to_markdown(report: dict) -> str:
@@ -71,11 +72,17 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     args.output.mkdir(parents=True, exist_ok=True)
-    report = {'machine': describe_machine(), 'rows': []}
+    path = args.output / 'from_timm.json'
+    report = json.loads(path.read_text()) if path.exists() else {'rows': []}
+    if report.get('machine') != describe_machine():
+        report = {'machine': describe_machine(), 'rows': []}
+    known = {(row['base'], row['batch_size']) for row in report['rows']}
     for base in args.bases:
-        report['rows'] += measure(base, args.engine, args.batch_size, args.repeats)
-        write_json(args.output / 'from_timm.json', report)
-        write_text(args.output / 'from_timm.md', to_markdown(report))
+        missing = [size for size in args.batch_size if (base, size) not in known]
+        for rows in measure(base, args.engine, missing, args.repeats) if missing else ():
+            report['rows'] += rows
+            write_json(path, report)
+            write_text(args.output / 'from_timm.md', to_markdown(report))
     print(to_markdown(report), end='')
 
 
