@@ -465,6 +465,11 @@ def test_when_a_request_arrived_is_nothing_that_clients_say(client, monkeypatch)
     assert all(0 <= seconds < TIMEOUT for seconds in seen)
 
 
+def test_a_replica_answers_without_a_guard_before_it(serve):
+    response = serve(stamp=False).post('/predict', content=encode(noise()))
+    assert response.status_code == 200, response.text
+
+
 def test_options_are_read_as_they_are():
     assert read_options([], 4) == dict(num_members=None, threshold=None, deadline=None, top_k=5)
     assert read_options([('deadline_ms', '250'), ('threshold', '0'), ('num_members', '4')], 4) == dict(

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except ImportError as error:
-        extras = "pip install 'timm-hne[demo,plots,openvino,bulk,serve]'"
+        extras = "pip install 'timm-hne[demo,plots,export,openvino,app,bulk,serve]'"
         parser.exit(1, f'timm-hne {args.command}: {error}. Optional packages come with {extras}.\n')
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         # On one line, as a shell's user expects; PyTorch's messages have several.

@@ -58,7 +58,8 @@ class BodyGuard:
         max_total: Bytes of all bodies at most that are being read or answered at a time.
         timeout: Seconds that a body may take to arrive.
         on_refused: Called with the status and the reason of each request that is refused here.
-        stamp: Tell the application when the request arrived, in the header `RECEIVED`. Only one of several guards does.
+        stamp: Be the first of several guards: take nothing from clients of the header `RECEIVED`, which tells the
+            application when the request arrived, and bound how many requests the application has at a time.
     """
 
     def __init__(
@@ -86,9 +87,8 @@ class BodyGuard:
             await self.app(scope, receive, send)
             return
         body = bytearray()
-        if self.stamp:
-            headers = [(name, value) for name, value in scope['headers'] if name != RECEIVED]
-            scope = {**scope, 'headers': headers}
+        headers = [(name, value) for name, value in scope['headers'] if not self.stamp or name != RECEIVED]
+        scope = {**scope, 'headers': headers}
         try:
             try:
                 complete = await asyncio.wait_for(self._read(scope, receive, body), self.timeout)
@@ -96,7 +96,7 @@ class BodyGuard:
                 raise Refused(
                     408, f'the body did not arrive within {self.timeout:.3g} seconds.', 'slow_body') from None
             if complete:
-                if self.stamp:
+                if all(name != RECEIVED for name, _ in headers):  # no guard before this one has said so
                     headers.append((RECEIVED, repr(time.time()).encode()))
                 await self._hand_on(scope, _Exchange(bytes(body), receive, send))
         except Refused as error:
