@@ -690,6 +690,14 @@ def test_members_and_thresholds_of_single_requests(optimized):
         torch.testing.assert_close(answer.logits, direct, rtol=1e-4, atol=1e-4)
 
 
+def test_members_of_single_requests_for_one_class():
+    model, x = small_resnet(num_classes=1), images(3)
+    answers = wished(model, list(zip(x, [dict(num_members=1), dict(num_members=3), dict()])))
+    for row, answer, n in zip(x, answers, [1, 3, model.ensemble_size]):
+        assert answer.num_members == n
+        torch.testing.assert_close(answer.logits, model(row[None], num_members=n)[0].detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_few_members_for_all_are_all_that_is_computed(gate, runner):
     gate.advance = lambda frontier, start, stop: (
         gate.batches.append((start, stop)), (torch.zeros(len(frontier[0]), stop - start, 2), frontier))[1]

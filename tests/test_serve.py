@@ -471,9 +471,14 @@ def test_a_replica_answers_without_a_guard_before_it(serve):
 
 
 def test_options_are_read_as_they_are():
-    assert read_options([], 4) == dict(num_members=None, threshold=None, deadline=None, top_k=5)
-    assert read_options([('deadline_ms', '250'), ('threshold', '0'), ('num_members', '4')], 4) == dict(
+    assert read_options([], 4, 10) == dict(num_members=None, threshold=None, deadline=None, top_k=5)
+    assert read_options([('deadline_ms', '250'), ('threshold', '0'), ('num_members', '4')], 4, 10) == dict(
         num_members=4, threshold=0, deadline=0.25, top_k=5)
+
+
+def test_one_class_can_be_sure_of_nothing():
+    with pytest.raises(ValueError, match='num_classes must be at least 2'):
+        read_options([('threshold', '0.5')], 4, 1)
 
 
 @pytest.mark.timeout(120)

@@ -153,7 +153,7 @@ def early_exit(
 def exit_in_batch(
         model: HierarchicalEnsemble,
         x: torch.Tensor,
-        thresholds: torch.Tensor,
+        thresholds: torch.Tensor | None,
         criterion: str,
         schedule: Sequence[int],
         limits: torch.Tensor | None = None,
@@ -163,7 +163,7 @@ def exit_in_batch(
     Args:
         model: As `early_exit` takes it.
         x: Images `(B, C, H, W)`.
-        thresholds: `(B,)`, what the criterion must reach for each image.
+        thresholds: `(B,)`, what the criterion must reach for each image. Images leave at their limits only if None.
         criterion: As `early_exit` takes it.
         schedule: Increasing numbers of members after which images may leave.
         limits: `(B,)`, the number of members at most for each image. One between two of the schedule costs as much as
@@ -173,7 +173,6 @@ def exit_in_batch(
     active = torch.arange(len(x), device=x.device)
     used = torch.full_like(active, schedule[0])
     limits = torch.full_like(active, schedule[-1]) if limits is None else limits.to(x.device)
-    thresholds = thresholds.to(x.device)
     member_logits = result = None
     for stop in schedule:
         new, frontier = step(frontier, start, stop)
@@ -183,11 +182,13 @@ def exit_in_batch(
             result = torch.empty_like(logits)
         # Written for all that take part; those that stay are overwritten at the next step.
         result[active], used[active] = logits, stop
-        stay = ~_is_sure(exit_scores(member_logits, criterion), thresholds[active], criterion)
+        stay = limits[active] > stop
+        if thresholds is not None:
+            bars = thresholds.to(x.device)[active]
+            stay &= ~_is_sure(exit_scores(member_logits, criterion), bars, criterion)
         for i in (limits[active] < stop).nonzero().flatten().tolist():
             limit = limits[active[i]]
             result[active[i]], used[active[i]] = member_logits[i, :limit].mean(dim=0), limit
-        stay &= limits[active] > stop
         if stop == schedule[-1] or not stay.any():
             break
         active, member_logits = active[stay], member_logits[stay]

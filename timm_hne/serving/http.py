@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..checks import check_integer, check_number
+from ..inference.early_exit import validate_criterion
 from ..inference.runner import AdaptiveRunner, Overloaded, ShutDown
 from .classifier import Classifier, ImageError
 from .guard import RECEIVED, BodyGuard, Refused
@@ -28,12 +29,13 @@ def _number(name: str, text: str, kind: type) -> Any:
         raise ValueError(f'{name} must be {what}, got {text[:40]!r}.') from None
 
 
-def read_options(query: list[tuple[str, str]], ensemble_size: int) -> dict[str, Any]:
+def read_options(query: list[tuple[str, str]], ensemble_size: int, num_classes: int) -> dict[str, Any]:
     """Return the options of a request: `num_members`, `deadline` in seconds, `threshold` and `top_k`.
 
     Args:
         query: Names and values of the query's parameters.
         ensemble_size: Number of members, N.
+        num_classes: Number of classes.
 
     Raises:
         ValueError: A parameter is unknown, given twice, or out of range.
@@ -51,7 +53,7 @@ def read_options(query: list[tuple[str, str]], ensemble_size: int) -> dict[str, 
     if 'top_k' in given:
         check_integer('top_k', given['top_k'], 1)
     if 'threshold' in given:
-        check_number('threshold', given['threshold'], 0, 1)
+        validate_criterion('confidence', given['threshold'], num_classes)
     if 'deadline_ms' in given:
         check_number('deadline_ms', given['deadline_ms'], 0, above=True)
     deadline = given.get('deadline_ms')
@@ -96,7 +98,8 @@ class Application:
 
     async def _answer(self, request: Request, begin: float) -> dict[str, Any]:
         try:
-            options = read_options(request.query_params.multi_items(), self.classifier.ensemble_size)
+            options = read_options(
+                request.query_params.multi_items(), self.classifier.ensemble_size, self.classifier.num_classes)
         except ValueError as error:
             raise Refused(400, str(error), 'parameter') from error
         if request.headers.get('content-type', '').startswith('multipart/'):
