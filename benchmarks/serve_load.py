@@ -1,10 +1,12 @@
-"""The service under load: one replica with all members, one adaptive, two adaptive, and two of which one is killed.
+"""The service under load: one replica with all members, one adaptive, one that is joined by another, two, and two of
+which one is killed.
 
     python benchmarks/serve_load.py --data-dir CIFAR10 --output docs/results/serve
 
 Each is started by `timm-hne serve` on loopback and meets a calm, a surge of three times what one replica with all
 members can answer, as measured before, and a calm, from Locust's clients, which ask at the same times whatever the
-service does. They run on the same machine and take their share of it. Writes a table, a JSON file and a plot.
+service does. They run on the same machine and take their share of it. Writes a table, a JSON file and a plot. A model
+without weights is served as it is initialised, and has no accuracy.
 """
 import argparse
 import json
@@ -23,7 +25,12 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import timm
+import torch
 from common import describe_machine, machine, markdown_table, write_json, write_text
+from timm.models import save_for_hf
+
+import timm_hne  # noqa: F401
 
 HERE = Path(__file__).parent
 
@@ -101,7 +108,7 @@ def counts(address: str) -> dict[str, dict[str, int]]:
         for kind in ('requests', 'rejected')}
 
 
-def summary(records: list[dict]) -> dict[str, float | None]:
+def summary(records: list[dict], trained: bool) -> dict[str, float | None]:
     """Return the columns of the table."""
     answered = [record for record in records if record['status'] == 200]
     milliseconds = [1000 * record['seconds'] for record in answered]
@@ -116,7 +123,7 @@ def summary(records: list[dict]) -> dict[str, float | None]:
         'p50_ms': quantiles[49] if quantiles else None,
         'p99_ms': quantiles[98] if quantiles else None,
         'members': statistics.mean(record['members'] for record in answered) if answered else None,
-        'accuracy': 100 * statistics.mean(record['correct'] for record in answered) if answered else None,
+        'accuracy': 100 * statistics.mean(record['correct'] for record in answered) if answered and trained else None,
     }
 
 
@@ -187,20 +194,28 @@ def main() -> None:
     files = sorted((args.data_dir / 'test').glob('*/*.png'))
     images = [(str(path), path.parent.name) for path in random.Random(0).sample(files, 1000)]
     target = args.target_ms / 1000
+    model, trained = args.model, timm.is_model_pretrained(args.model)
+    torch.manual_seed(0)
+    untrained = timm.create_model(args.model)
+    everyone = '--min-members', str(untrained.ensemble_size)
     policies = {
-        'one, all 16 members': ('--min-members', '16'),
+        'one, all members': everyone,
         'one, adaptive': (),
+        'one, then two, adaptive': ('--replicas', '1:2'),
         'two, adaptive': ('--replicas', '2'),
         'two, one is killed': ('--replicas', '2'),
     }
     raw = args.output / 'raw'
     raw.mkdir(parents=True, exist_ok=True)
+    if not trained:
+        model = str(raw / 'model')
+        save_for_hf(untrained, model, safe_serialization=True)
     known = raw / 'capacity.json'
     if known.exists() and args.only is not None and 'capacity' not in args.only:
         capacity = json.loads(known.read_text())
     else:
         # As many clients as may wait at a time without being refused, none of which waits between requests.
-        with service(args.model, target, raw / 'service.log', '--min-members', '16') as (address, _):
+        with service(model, target, raw / 'service.log', *everyone) as (address, _):
             records = drive(address, images, [(3, 8), (6, 8)], period=1e-3)
         begin = min(record['sent'] for record in records) + 3
         late = [record for record in records if record['sent'] > begin and record['status'] == 200]
@@ -213,7 +228,7 @@ def main() -> None:
     for number, (name, options) in enumerate(policies.items()):
         file = raw / f'{number}.json'
         if args.only is None or name in args.only:
-            measure(file, args.model, target, options, images, list(zip(args.seconds, users)), 'killed' in name)
+            measure(file, model, target, options, images, list(zip(args.seconds, users)), 'killed' in name)
         if not file.exists():
             continue
         measured = json.loads(file.read_text())
@@ -222,7 +237,7 @@ def main() -> None:
         for phase, some in {
             'overall': records, 'surge': [r for r in records if surge[0] <= r['time'] < surge[1]],
         }.items():
-            values = summaries[f'{name}, {phase}'] = summary(some)
+            values = summaries[f'{name}, {phase}'] = summary(some, trained)
             rows.append([f'{name}, {phase}', *('-' if value is None else f'{value:.4g}' for value in values.values())])
             print(rows[-1], flush=True)
     header = [

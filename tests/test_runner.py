@@ -717,6 +717,23 @@ def test_a_deadline_makes_members_fall(gate):
         assert_consistent(runner.stats)
 
 
+def test_what_a_request_has_taken_before_makes_members_fall(gate):
+    with AdaptiveRunner(gate, latency_target=10., max_batch_size=4) as runner:
+        runner.policy.seconds = {n: {size: float(n) for size in (1, 2, 4)} for n in (1, 2, 4)}
+        runner.policy.record = lambda *args: None
+        found = [runner.submit(image(0), age=s).result(TIMEOUT).num_members for s in (0., 4.5, 6.5, 8.5, 1000.)]
+        assert found == [4, 4, 2, 1, 1]  # the last is late, but nobody could be faster
+        assert runner.submit(image(0), deadline=100., age=90.).result(TIMEOUT).num_members == 4
+        with pytest.raises(Overloaded, match='deadline=3 s'):
+            runner.submit(image(0), deadline=3., age=2.)
+        first = block(gate, runner)
+        with pytest.raises(Overloaded, match='latency_target=10 s'):
+            runner.submit(image(1), age=9.)
+        gate.open.set()
+        first.result(TIMEOUT)
+        assert_consistent(runner.stats)
+
+
 def test_a_deadline_behind_others_makes_theirs_fall_too(gate):
     with AdaptiveRunner(gate, latency_target=100., max_batch_size=1) as runner:
         runner.policy.seconds = {n: {1: float(n)} for n in (1, 2, 4)}
@@ -734,6 +751,7 @@ def test_a_deadline_behind_others_makes_theirs_fall_too(gate):
     (dict(num_members=0), ValueError), (dict(num_members=5), ValueError), (dict(num_members=2.), TypeError),
     (dict(deadline=0.), ValueError), (dict(deadline=float('nan')), ValueError), (dict(deadline='1'), TypeError),
     (dict(threshold=1.5), ValueError), (dict(threshold='sure'), TypeError),
+    (dict(age=-1.), ValueError), (dict(age=None), TypeError),
 ])
 def test_wishes_that_are_refused(gate, runner, wishes, error):
     with pytest.raises(error, match=next(iter(wishes))):

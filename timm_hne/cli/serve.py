@@ -100,7 +100,7 @@ def _serve(args: argparse.Namespace, threads: int, stop: threading.Event) -> Non
     # After Ray has started its processes, which must not put their own metrics beside ours.
     from ray import serve
 
-    from ..serving.service import NAME, Settings, app
+    from ..serving.service import LOGGING, NAME, Settings, app
 
     settings = Settings(
         model=args.model, engine=args.engine, latency_target=args.latency_target, min_members=args.min_members,
@@ -109,7 +109,8 @@ def _serve(args: argparse.Namespace, threads: int, stop: threading.Event) -> Non
     try:
         serve.start(
             proxy_location='HeadOnly',
-            http_options={'host': args.host, 'port': args.port, 'request_timeout_s': 60.})
+            http_options={'host': args.host, 'port': args.port, 'request_timeout_s': 60.},
+            logging_config=LOGGING)
         serve.run(app(settings), name=NAME, route_prefix='/')
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())

@@ -62,26 +62,26 @@ class MemberPolicy:
                 return num_members
         return self.schedule[0]
 
-    def head_start(self, deadline: float | None) -> float:
-        """Return how many seconds before now a request would have been made if it had the target for its deadline.
+    def head_start(self, left: float) -> float:
+        """Return how many seconds before now a request would have been made if it had all of the target.
 
         Args:
-            deadline: Seconds that it may take; the target if None.
+            left: Seconds that it may take from now on.
         """
-        return 0. if deadline is None else _MARGIN * (self.latency_target - deadline)
+        return _MARGIN * (self.latency_target - left)
 
-    def would_be_late(self, waiting: int, busy: float, deadline: float | None = None) -> bool:
+    def would_be_late(self, waiting: int, busy: float, left: float | None = None) -> bool:
         """Whether a new request would be answered too late even if all got the fewest members from now on.
 
         Args:
             waiting: Number of requests before it.
             busy: Seconds until the batch that is being computed is done.
-            deadline: Seconds that it may take; the target if None.
+            left: Seconds that it may take from now on; the target if None.
         """
         fewest, largest = self.schedule[0], self.batch_sizes[-1]
         full, rest = divmod(waiting, largest)
         seconds = busy + full * self.expected(fewest, largest) + self.expected(fewest, rest + 1)
-        return seconds > _MARGIN * (self.latency_target if deadline is None else deadline)
+        return seconds > _MARGIN * (self.latency_target if left is None else left)
 
     def record(self, num_members: int, batch_size: int, duration: float) -> None:
         """Learn from a batch that took `duration` seconds."""

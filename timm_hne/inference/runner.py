@@ -203,6 +203,7 @@ class AdaptiveRunner:
             num_members: int | None = None,
             deadline: float | None = None,
             threshold: float | None = None,
+            age: float = 0.,
     ) -> 'Future[Answer]':
         """Queue an image; may be called from any thread.
 
@@ -210,8 +211,9 @@ class AdaptiveRunner:
             image: `(C, H, W)` of the runner's `input_size`; it is copied.
             num_members: Number of members at most; as many as there is time for if None. Under load it gets fewer,
                 as all do.
-            deadline: Seconds that this request may take; the latency target of all if None.
+            deadline: Seconds that this request may take, `age` included; the latency target of all if None.
             threshold: Probability of the first class at which this image gets no further members; none if None.
+            age: Seconds that this request has taken before this call, to be decoded for instance.
 
         Returns:
             Future of an `Answer`. It fails with `ShutDown` if a shutdown throws the request out of the queue, and with
@@ -239,6 +241,7 @@ class AdaptiveRunner:
             check_number('deadline', deadline, 0, above=True)
         if threshold is not None:
             validate_criterion('confidence', threshold, self.model.num_classes)
+        check_number('age', age, 0)
         image = image.detach().to('cpu', torch.float, copy=True)
         with self._condition:
             if self._closed:
@@ -247,18 +250,19 @@ class AdaptiveRunner:
             now = _clock()
             self._arrivals.append(now)
             self._forget_arrivals(now)
-            if self._refusal(now, deadline) is not None:
+            left = (self.policy.latency_target if deadline is None else deadline) - age
+            if self._refusal(now, deadline, left) is not None:
                 self._drop_cancelled()
-            refusal = self._refusal(now, deadline)
+            refusal = self._refusal(now, deadline, left)
             if refusal is not None:
                 self.stats.rejected += 1
                 raise Overloaded(refusal)
-            request = Request(image, now - self.policy.head_start(deadline), num_members, threshold)
+            request = Request(image, now - self.policy.head_start(left), num_members, threshold)
             self._queue.append(request)
             self._condition.notify()
         return request.future
 
-    def _refusal(self, now: float, deadline: float | None) -> str | None:
+    def _refusal(self, now: float, deadline: float | None, left: float) -> str | None:
         """Return why a request that arrives now is to be rejected, None if it is not."""
         waiting = len(self._queue)
         if self.max_queue is not None and waiting >= self.max_queue:
@@ -266,7 +270,7 @@ class AdaptiveRunner:
         if deadline is None and (self.max_queue is not None or (not waiting and self._busy_until is None)):
             return None  # either nothing else was asked for, or nobody could be faster
         busy = 0. if self._busy_until is None else max(0., self._busy_until - now)
-        if not self.policy.would_be_late(waiting, busy, deadline):
+        if not self.policy.would_be_late(waiting, busy, left):
             return None
         limit = f'latency_target={self.policy.latency_target:.3g}' if deadline is None else f'deadline={deadline:.3g}'
         return f'with {waiting} requests waiting, this one could not be answered within {limit} s; it was rejected.'

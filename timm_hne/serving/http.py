@@ -106,16 +106,13 @@ class Application:
             raise Refused(
                 415, 'the body must be the bytes of the image itself, not a form; curl has --data-binary for that.',
                 'form')
-        top_k, deadline = options.pop('top_k'), options.pop('deadline')
-        target = self.runner.policy.latency_target if deadline is None else deadline
+        top_k, target = options.pop('top_k'), options['deadline'] or self.runner.policy.latency_target
         image = await self._decode(await request.body(), begin + target)
         spent = time.perf_counter() - begin
         if spent >= target:
             raise Refused(503, 'the time was up before the image was decoded; try again later.', 'deadline')
-        if deadline is not None:
-            deadline -= spent
         try:
-            future = self.runner.submit(image, deadline=deadline, **options)
+            future = self.runner.submit(image, age=spent, **options)
             self.metrics.queue.set(self.runner.waiting)
             # If the client goes away, so does its request, unless it is being computed.
             logits, num_members = await asyncio.wrap_future(future)
