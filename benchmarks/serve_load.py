@@ -1,5 +1,5 @@
-"""The service under load: one replica with all members, one adaptive, one that is joined by another, two, and two of
-which one is killed.
+"""The service under load: one replica with all members, with one, and adaptive; one that is joined by another; two; and
+two of which one is killed.
 
     python benchmarks/serve_load.py --data-dir CIFAR10 --output docs/results/serve
 
@@ -169,7 +169,7 @@ def plot(results: dict[str, list[dict]], target: float, surge: tuple[float, floa
         below.plot(times, [statistics.mean(r['members'] for r in some) for some in answered.values() if some], **line)
     above.axhline(1000 * target, color='k', linestyle=':', linewidth=1)
     above.set(ylabel='slowest answer (ms)')
-    above.legend(fontsize='small', loc='upper left')
+    figure.legend(*above.get_legend_handles_labels(), fontsize='small', loc='outside upper center', ncols=3)
     middle.set(ylabel='rejected in a second')
     below.set(xlabel='time (s)', ylabel='members')
     for axes in (above, middle, below):
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument('--surge', type=float, default=3., help='rate in the surge over the capacity')
     parser.add_argument(
         '--only', nargs='*', metavar='NAME', help='what to measure anew; the rest is taken from OUTPUT/raw, if there')
-    parser.add_argument('--output', type=Path, default=Path('output/serve'))
+    parser.add_argument('--output', type=Path, default=Path('output/serve'), help='folder of the results')
     args = parser.parse_args()
 
     files = sorted((args.data_dir / 'test').glob('*/*.png'))
@@ -200,6 +200,7 @@ def main() -> None:
     everyone = '--min-members', str(untrained.ensemble_size)
     policies = {
         'one, all members': everyone,
+        'one, one member': ('--max-members', '1'),
         'one, adaptive': (),
         'one, then two, adaptive': ('--replicas', '1:2'),
         'two, adaptive': ('--replicas', '2'),

@@ -1,7 +1,6 @@
 """The service on Ray Serve: `timm-hne serve`, or `serve run timm_hne.serving.service:app` on a cluster."""
 import ipaddress
 import os
-import sys
 
 import ray
 import torch
@@ -74,8 +73,6 @@ class Replica:
     def __init__(self, settings: Settings):
         _stay_on_this_machine()
         torch.set_num_threads(settings.threads)
-        # Threads that wait for the interpreter get it after 0.5 ms, not 5: a batch would wait so between its steps.
-        sys.setswitchinterval(5e-4)
         keep_freed_memory()
         self.runner = None
         self.classifier = Classifier.open(settings.model, settings.engine, max_pixels=settings.max_pixels)
