@@ -520,7 +520,10 @@ def test_errors_are_a_sentence(visit, tmp_path, capfd):
 @needs_gradio
 def test_the_command_serves_until_it_is_interrupted():
     command = [sys.executable, '-m', 'timm_hne', 'app']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        # Shells let jobs in the background ignore it, and what these start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     try:
         assert f'preparing {MODEL}' in process.stdout.readline()
         url = re.search(r'http://127\.0\.0\.1:\d+/', process.stdout.readline())[0]

@@ -29,7 +29,7 @@ pytest.importorskip('prometheus_client', reason=EXTRA)
 from timm_hne import AdaptiveRunner  # noqa: E402
 from timm_hne.__main__ import main  # noqa: E402
 from timm_hne.serving import Classifier, http  # noqa: E402
-from timm_hne.serving.guard import BodyGuard  # noqa: E402
+from timm_hne.serving.guard import RECEIVED, BodyGuard  # noqa: E402
 from timm_hne.serving.http import create_app, read_options  # noqa: E402
 
 TIMEOUT = 60
@@ -248,6 +248,14 @@ def test_a_deadline_that_cannot_be_kept(serve):
     client.runner.policy.seconds = {n: {size: 1. for size in (1, 2, 4)} for n in (1, 2, 4)}
     assert refused(client.post('/predict?deadline_ms=500', content=encode(noise())), 503, 'deadline=0')
     assert client.post('/predict?deadline_ms=50000', content=encode(noise())).status_code == 200
+
+
+def test_a_late_request_is_answered_if_nobody_waits(serve):
+    """As the first one of a replica, for which Ray has to open connections."""
+    client, headers = serve(stamp=False), {RECEIVED.decode(): repr(time.time() - 1000.)}
+    assert client.post('/predict', content=encode(noise()), headers=headers).json()['num_members'] == 1
+    response = client.post('/predict?deadline_ms=500', content=encode(noise()), headers=headers)
+    assert refused(response, 503, 'deadline=0.5 s')
 
 
 def test_members_fall_for_a_deadline(serve):
