@@ -120,6 +120,24 @@ def test_conv_norm_act(parents, nodes, training, dtype):
                 assert torch.equal(buffer, before) == (not training or k not in nodes_of(span, nodes))
 
 
+@pytest.mark.parametrize('stride, training', [(2, True), (2, False), (1, True)])
+def test_autocast_of_depthwise_convolutions(stride, training):
+    """Strided ones are trained in float32 on a CPU, where bfloat16 is slow."""
+    layer = BranchedConv2d(4, 4, 3, 2, 2, stride=stride, groups=4).train(training)
+    x = torch.randn(3, 8, 9, 7).bfloat16().requires_grad_()
+    exact = stride == 2 and training
+    for span in (None, (1, 2)):
+        part = x if span is None else x[:, 4:]
+        expected = layer.convolve_nodes(part.float(), span)
+        with torch.autocast('cpu', torch.bfloat16):
+            found = layer(part, span)
+        assert found.dtype == (torch.float32 if exact else torch.bfloat16)
+        tolerances = dict(rtol=0, atol=0) if exact else TOLERANCES[torch.bfloat16]
+        torch.testing.assert_close(found.float(), expected, **tolerances)
+        for wanted, got in zip(*(torch.autograd.grad(y.float().sum(), [x, layer.weight]) for y in (expected, found))):
+            torch.testing.assert_close(got, wanted, **TOLERANCES[torch.bfloat16])
+
+
 def test_conv_norm_without_activation():
     layer = ConvNormAct(3, 4, 1, 1, 2, act_layer=None).eval()
     y = layer(torch.randn(2, 3, 4, 4))
