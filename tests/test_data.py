@@ -3,7 +3,9 @@ import importlib.util
 import io
 import json
 import pickle
+import runpy
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -488,3 +490,26 @@ def test_shards_and_hub_datasets(published, tmp_path, kind, num_workers):
     assert {label for _, labels in batches for label in labels.tolist()} == {0, 1, 2}
     labels = torch.cat([labels for _, labels in create_image_loader(val, config, False, False, device)])
     assert sorted(labels.tolist()) == [0] * 11 + [1] * 11 + [2] * 11
+
+
+def test_tiny_imagenet_becomes_folders_of_classes(tmp_path):
+    source, destination = tmp_path / 'tiny-imagenet-200', tmp_path / 'data'
+    for wnid in ('n1', 'n2'):
+        (source / 'train' / wnid / 'images').mkdir(parents=True)
+        (source / 'train' / wnid / 'images' / f'{wnid}_0.JPEG').write_text(f'train {wnid}')
+    (source / 'val' / 'images').mkdir(parents=True)
+    (source / 'val' / 'images' / 'val_0.JPEG').write_text('val')
+    (source / 'val' / 'val_annotations.txt').write_text('val_0.JPEG\tn2\t0\t0\t63\t63\n')
+    (source / 'wnids.txt').write_text('n1\nn2\n')
+    (source / 'words.txt').write_text('n1\tEgyptian cat\nn2\treel, spool\nn3\tnot used\n')
+    script = runpy.run_path(str(Path(__file__).parents[1] / 'train_scripts' / 'tiny_imagenet.py'))
+    script['arrange'](source, destination)
+    found = {str(path.relative_to(destination)): path.read_text() for path in destination.rglob('*.JPEG')}
+    assert found == {
+        'train/Egyptian cat/n1_0.JPEG': 'train n1', 'train/reel/n2_0.JPEG': 'train n2',
+        'validation/reel/val_0.JPEG': 'val'}
+    with pytest.raises(FileExistsError, match='destination'):
+        script['arrange'](source, destination)
+    with pytest.raises(FileNotFoundError):
+        script['arrange'](tmp_path / 'nothing', tmp_path / 'other')
+    assert not (tmp_path / 'other').exists()
