@@ -169,13 +169,11 @@ class AdaptiveRunner:
     def _exit_early(self, images: torch.Tensor, num_members: int, requests: list[Request]) -> tuple:
         weight = next(self.model.parameters())
         self._check_mode()
-        thresholds = None
-        if any(r.threshold is not None for r in requests):
-            thresholds = torch.tensor([math.inf if r.threshold is None else r.threshold for r in requests])
+        thresholds = torch.tensor([math.inf if r.threshold is None else r.threshold for r in requests])
         limits = torch.tensor([num_members if r.limit is None else min(r.limit, num_members) for r in requests])
         logits, used = exit_in_batch(
-            self.model, images.to(weight.device, weight.dtype), thresholds, 'confidence',
-            [n for n in self.schedule if n <= num_members], limits)
+            self.model, images.to(weight.device, weight.dtype), thresholds if thresholds.isfinite().any() else None,
+            'confidence', [n for n in self.schedule if n <= num_members], limits)
         return logits.float().cpu(), used.tolist()
 
     def _measure(self, repeats: int) -> dict[int, dict[int, float]]:
