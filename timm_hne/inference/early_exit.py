@@ -173,6 +173,7 @@ def exit_in_batch(
     active = torch.arange(len(x), device=x.device)
     used = torch.full_like(active, schedule[0])
     limits = torch.full_like(active, schedule[-1]) if limits is None else limits.to(x.device)
+    thresholds = None if thresholds is None else thresholds.to(x.device)
     member_logits = result = None
     for stop in schedule:
         new, frontier = step(frontier, start, stop)
@@ -184,8 +185,7 @@ def exit_in_batch(
         result[active], used[active] = logits, stop
         stay = limits[active] > stop
         if thresholds is not None:
-            bars = thresholds.to(x.device)[active]
-            stay &= ~_is_sure(exit_scores(member_logits, criterion), bars, criterion)
+            stay &= ~_is_sure(exit_scores(member_logits, criterion), thresholds[active], criterion)
         for i in (limits[active] < stop).nonzero().flatten().tolist():
             limit = limits[active[i]]
             result[active[i]], used[active[i]] = member_logits[i, :limit].mean(dim=0), limit

@@ -21,7 +21,6 @@ NAME = 'hne'
 # Bytes of a body at most. The proxy reads bodies before it knows which application they are for.
 MAX_BODY = 'TIMM_HNE_MAX_BODY'
 
-
 # A line for each request in Ray's log files takes a tenth of a replica's time.
 LOGGING = {'enable_access_log': False}
 
