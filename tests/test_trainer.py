@@ -1,5 +1,6 @@
 """The trainer: exact resumption, distributed training, and errors before any epoch."""
 import argparse
+import contextlib
 import copy
 import csv
 import json
@@ -68,7 +69,7 @@ def options(data_dir, tmp_path, shallow):
         img_size=8,
         num_workers=0,
         model='hne_resnet50_c8',
-        model_kwargs={'width': 1, 'nodes': [1, 1, 1, 2, 4]},
+        model_kwargs={'width': 2, 'nodes': [1, 1, 1, 2, 4]},
         epochs=4,
         batch_size=4,
         lr=0.01,
@@ -115,7 +116,7 @@ VARIANTS = {
     'files': {'in_memory': False, 'num_workers': 1, 'scale': (0.5, 1.)},
     'everything': {
         'ema_decay': 0.9, 'mixup': 0.2, 'cutmix': 1., 'smoothing': 0.1, 'grad_accum_steps': 2, 'clip_grad': 1.,
-        'amp': True, 'opt': 'adamw', 'warmup_epochs': 1., 'model_kwargs': {'width': 1, 'nodes': [1, 1, 1, 2, 4],
+        'amp': True, 'opt': 'adamw', 'warmup_epochs': 1., 'model_kwargs': {'width': 2, 'nodes': [1, 1, 1, 2, 4],
                                                                            'drop_rate': 0.1},
     },
     'cyclic': {'sched': 'cyclic', 'warmup_epochs': 1, 'decay_milestones': (2,)},
@@ -221,7 +222,7 @@ def test_a_run_that_is_older_than_a_key_goes_on(options):
 def test_nodes_are_the_same_as_a_tuple_and_as_a_list(options, kinds, phased):
     """A program writes a tuple, YAML and JSON read a list."""
     for resume, kind in enumerate(kinds):
-        keys = {'model_kwargs': {'width': 1, 'nodes': kind((1, 1, 1, 2, 4))}}
+        keys = {'model_kwargs': {'width': 2, 'nodes': kind((1, 1, 1, 2, 4))}}
         keys = {'phases': [{'epochs': 1, **keys}]} if phased else {'epochs': 1, **keys}
         history = train(TrainConfig(**{**options, 'epochs': 200, **keys, 'resume': bool(resume)})).history
         assert len(history) == 1 - resume
@@ -354,7 +355,7 @@ def test_two_runs_do_not_share_a_folder(options, monkeypatch):
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *(f'--{key.replace("_", "-")}={value}' for key, value in {
             **{name: options[name] for name in ('data_dir', 'val_split', 'output_dir', 'device')},
-            'img_size': 8, 'num_workers': 0, 'epochs': 10000, 'batch_size': 4, 'model_kwargs': '{width: 1}',
+            'img_size': 8, 'num_workers': 0, 'epochs': 10000, 'batch_size': 4, 'model_kwargs': '{width: 2}',
         }.items()), '--in-memory', '--no-progress'],
         env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -557,7 +558,7 @@ class TestErrorsBeforeAnyEpoch:
         monkeypatch.undo()
         options['epochs'] = 1
         checkpoint = train(TrainConfig(**options)).checkpoint
-        for kwargs in ({'width': 2, 'nodes': [1, 1, 1, 2, 4]}, {'width': 1, 'nodes': [1, 1, 1, 3, 3]}):
+        for kwargs in ({'width': 4, 'nodes': [1, 1, 1, 2, 4]}, {'width': 2, 'nodes': [1, 1, 1, 3, 3]}):
             with pytest.raises(ValueError, match='model_kwargs'):
                 train(TrainConfig(**{**options, 'resume': True, 'model_kwargs': kwargs}))
             with pytest.raises(ValueError, match=r'initial_checkpoint .*nodes'):
@@ -803,7 +804,7 @@ class TestPhases:
 
     @pytest.fixture
     def phased(self, options):
-        return {**options, 'model_kwargs': {'width': 1}, 'phases': self.PHASES, 'epochs': 5, 'ema_decay': 0.5}
+        return {**options, 'model_kwargs': {'width': 2}, 'phases': self.PHASES, 'epochs': 5, 'ema_decay': 0.5}
 
     def test_each_starts_where_the_one_before_has_ended(self, phased, monkeypatch):
         starts = []
@@ -824,7 +825,7 @@ class TestPhases:
         first = train(replace(alone, output_dir=phased['output_dir'] + '1'))
         for row, same in zip(rows(phased['output_dir'] + '1'), log):
             assert row['train_loss'] == same['train_loss'] and row['lr'] == same['lr']
-        grown = timm.create_model('hne_resnet50_c8', width=1, nodes=(1, 1, 1, 2, 4), num_classes=3)
+        grown = timm.create_model('hne_resnet50_c8', width=2, nodes=(1, 1, 1, 2, 4), num_classes=3)
         load_grown(grown, first.model.state_dict(), noise=0.1)
         passed_on, start = starts[1]
         for name, value in first.model.state_dict().items():
@@ -873,6 +874,32 @@ class TestPhases:
         for phases in (self.PHASES[:1], ({**self.PHASES[0], 'lr': 1e-3}, self.PHASES[1])):
             with pytest.raises(ValueError, match='phases'):
                 train(TrainConfig(**{**phased, 'phases': phases, 'epochs': 200, 'resume': True}))
+
+    @pytest.mark.parametrize('epochs', [1, 2])
+    def test_what_is_to_come_may_be_planned_anew(self, phased, epochs, monkeypatch):
+        """More phases, or a sooner end of one whose rate is constant: the run is the one that was so planned."""
+        first, second = ({**phase, 'sched': sched} for phase, sched in zip(self.PHASES, ('constant', 'cosine')))
+        phases = [{**first, 'epochs': 1}, second]
+        phased = {**phased, 'epochs': 200}
+        planned = train(TrainConfig(**{**phased, 'phases': phases}))
+        options = {**phased, 'output_dir': phased['output_dir'] + 'anew', 'resume': True}
+        seed_epoch = trainer.seed_epoch
+
+        def interrupted(seed, epoch, rank):
+            if epoch == 1:
+                raise KeyboardInterrupt
+            seed_epoch(seed, epoch, rank)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(trainer, 'seed_epoch', interrupted)
+            train(TrainConfig(**{**options, 'phases': [{**first, 'epochs': epochs}]}))
+        result = train(TrainConfig(**{**options, 'phases': phases}))
+        assert [row['epoch'] for row in result.history] == [1, 2, 3]
+        for name, value in planned.model.state_dict().items():
+            assert torch.equal(value, result.model.state_dict()[name]), name
+        for wrong in ([first, second], [phases[0], {**second, 'epochs': 4}]):  # a cosine is another from its start
+            with pytest.raises(ValueError, match='phases'):
+                train(TrainConfig(**{**options, 'phases': wrong}))
 
     @pytest.mark.parametrize('phases, words', [
         ([{'lr': 1.}], r'epochs.*phase 1.*lr'),

@@ -20,7 +20,7 @@ from timm.utils import CheckpointSaver, NativeScaler, load_checkpoint_metadata
 from ..models.create import create_ensemble
 from ..models.ensemble import HierarchicalEnsemble
 from ..models.weights import NOISE, load_grown, read_sizes
-from .recipe import TrainConfig, image_preparation, in_phase
+from .recipe import TrainConfig, image_preparation, in_phase, so_far
 
 __all__ = ['FREE_KEYS', 'CheckpointWriter', 'RunCheckpoint', 'load_checkpoint', 'recipe_of']
 
@@ -265,6 +265,8 @@ class RunCheckpoint:
     def check_same_run(self, config: TrainConfig, label_names: list[str] | None = None) -> None:
         """Check that the run can be continued by a configuration, with data of these classes if they are known.
 
+        Phases that have not begun may be others, and a phase whose learning rate is constant may end sooner or later.
+
         Raises:
             ValueError: They differ in what is computed.
         """
@@ -272,10 +274,12 @@ class RunCheckpoint:
         if not self.args:
             raise ValueError(f'the run in {folder} cannot be continued, its checkpoint has no recipe.')
         before = {**asdict(TrainConfig()), **self.args}  # a key that is newer than the run had its default
+        after = asdict(config)
+        done, wanted = (so_far(recipe, self.epoch) for recipe in (before, after))
         changed = [
-            f'{name} was {before.get(name)!r} and is {value!r}'
-            for name, value in asdict(config).items()
-            if name not in FREE_KEYS and _with_lists(before.get(name)) != _with_lists(value)
+            f'{name} was {before.get(name)!r} and is {after[name]!r}'
+            for name in after
+            if name not in FREE_KEYS and _with_lists(done.get(name)) != _with_lists(wanted[name])
         ]
         if changed:
             raise ValueError(f'the run in {folder} cannot be continued, it differs: {"; ".join(changed)}.')

@@ -13,7 +13,7 @@ from ..models.weights import NOISE
 from .losses import OBJECTIVES
 from .trackers import LOGS
 
-__all__ = ['RECIPES', 'TrainConfig', 'image_preparation', 'in_phase', 'read_recipe']
+__all__ = ['RECIPES', 'TrainConfig', 'image_preparation', 'in_phase', 'read_recipe', 'so_far']
 
 RECIPES = Path(__file__).parents[1] / 'recipes'
 
@@ -205,6 +205,18 @@ def in_phase(recipe: Mapping[str, Any], phase: Mapping[str, Any]) -> dict[str, A
     """Return the keys of a recipe as a phase of it has them."""
     model_kwargs = {**(recipe.get('model_kwargs') or {}), **(phase.get('model_kwargs') or {})}
     return {**recipe, **phase, 'model_kwargs': model_kwargs}
+
+
+def so_far(recipe: Mapping[str, Any], epoch: int | None) -> dict[str, Any]:
+    """Return a recipe as far as a run depends on it up to and with an epoch: with the phases that have begun."""
+    done = math.inf if epoch is None else epoch + 1
+    phases, start = [], 0
+    for phase in recipe['phases']:
+        if start < done:
+            constant = in_phase(recipe, phase)['sched'] == 'constant'
+            phases.append({**phase, 'epochs': min(phase['epochs'], done - start) if constant else phase['epochs']})
+        start += phase['epochs']
+    return {**recipe, 'phases': phases, 'epochs': None if phases else recipe['epochs']}
 
 
 def image_preparation(in_memory: bool, crop_pct: float | None) -> dict[str, Any]:
