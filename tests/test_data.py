@@ -15,10 +15,11 @@ from PIL import Image
 from timm.data import create_loader
 from timm.data.readers.img_extensions import add_img_extensions, del_img_extensions
 from torch.utils.data import IterableDataset, TensorDataset
+from torchvision.transforms.v2.functional import resized_crop
 
 from timm_hne.training.datasets import DIGITS, ImageSubset, UnreadableImageError, create_datasets, open_dataset
 from timm_hne.training.loader import create_image_loader, seed_epoch
-from timm_hne.training.memory_loader import MemoryLoader, load_into_memory
+from timm_hne.training.memory_loader import MemoryLoader, _random_boxes, _resized_crop, load_into_memory
 from timm_hne.training.recipe import TrainConfig
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -77,13 +78,36 @@ def test_every_training_image_is_a_padded_crop_or_its_mirror_image():
     assert {flip for _, _, flip in found} == {False, True}
 
 
-def test_order_and_augmentation_are_a_function_of_seed_and_epoch():
+def test_every_training_image_is_a_resized_crop_or_its_mirror_image():
+    """Against torchvision, where crops are of whole pixels; crops of all sizes have their area and lie in the image."""
+    size, count = 12, 200
+    images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
+    corners = torch.randint(0, 5, (count, 2))
+    sides = torch.randint(4, 8, (count, 2))
+    flips = torch.rand(count) < 0.5
+    crops = _resized_crop(images, torch.cat([sides, corners], dim=1) / size, flips)
+    for image, (width, height), (left, top), flip, crop in zip(images, sides, corners, flips, crops):
+        expected = resized_crop(image.permute(2, 0, 1).float(), top, left, height, width, [size, size], antialias=False)
+        inner = crop.permute(2, 0, 1)
+        inner = inner.flip(2) if flip else inner
+        # On its border, a crop that is made without cutting sees the pixel beside it.
+        torch.testing.assert_close(inner[:, 2:-2, 2:-2], expected[:, 2:-2, 2:-2], rtol=0, atol=1e-3)
+    width, height, left, top = _random_boxes(10_000, (0.3, 0.5), torch.Generator().manual_seed(0)).unbind(1)
+    assert 0.3 <= (width * height).min() < 0.302 and 0.498 < (width * height).max() <= 0.5 + 1e-6
+    assert 0.75 - 1e-6 <= (width / height).min() < 0.76 and 1.32 < (width / height).max() <= 4 / 3 + 1e-6
+    assert left.min() >= 0 and (left + width).max() <= 1 + 1e-6 and 0.99 < (top + height).max() <= 1 + 1e-6
+    loader = make_loader(training=True, scale=(1., 1.), hflip=0.)
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in loader)
+
+
+@pytest.mark.parametrize('augmentation', [{'crop_padding': 1}, {'scale': (0.2, 1.)}])
+def test_order_and_augmentation_are_a_function_of_seed_and_epoch(augmentation):
     def epoch(seed, number):
         loader.seed = seed
         loader.set_epoch(number)
         return [(images.clone(), labels) for images, labels in loader]
 
-    loader = make_loader(training=True, crop_padding=1, hflip=0.5)
+    loader = make_loader(training=True, hflip=0.5, **augmentation)
     first = epoch(0, 3)
     torch.rand(7)
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, epoch(0, 3)))
@@ -91,12 +115,13 @@ def test_order_and_augmentation_are_a_function_of_seed_and_epoch():
         assert not all(torch.equal(a[1], b[1]) for a, b in zip(first, other))
 
 
-def test_processes_share_the_batches_of_one():
+@pytest.mark.parametrize('augmentation', [{'crop_padding': 1}, {'scale': (0.2, 1.)}])
+def test_processes_share_the_batches_of_one(augmentation):
     torch.manual_seed(0)
-    joint = make_loader(count=33, batch_size=8, training=True, crop_padding=1, hflip=0.5)
+    joint = make_loader(count=33, batch_size=8, training=True, hflip=0.5, **augmentation)
     parts = [
-        MemoryLoader(joint.images, joint.labels, 4, MEAN, STD, training=True, crop_padding=1, hflip=0.5,
-                     rank=rank, world_size=2)
+        MemoryLoader(joint.images, joint.labels, 4, MEAN, STD, training=True, hflip=0.5, rank=rank, world_size=2,
+                     **augmentation)
         for rank in range(2)
     ]
     assert [len(part) for part in parts] == [len(joint)] * 2

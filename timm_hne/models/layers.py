@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, DropPath, drop_path
 
 from .block import NodeWeights, State
+from .convolution import convolve_in_training, has_slow_gradient
 
 
 class BranchedWeights(NodeWeights):
@@ -132,6 +133,9 @@ class BranchedConv2d(nn.Conv2d):
     def convolve_nodes(self, x: torch.Tensor, span: Optional[Tuple[int, int]]) -> torch.Tensor:
         """Compute the nodes of `span`, all if None."""
         if span is None:
+            if not torch.jit.is_scripting() and self.training:
+                if has_slow_gradient(x, self.weight, self.stride, self.groups):
+                    return convolve_in_training(x, self.weight, self.groups)
             return F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
         start, stop = span
         branching = self.nodes // self.parents
@@ -292,13 +296,14 @@ class BranchedLinear(BranchedWeights, nn.Linear):
     init_weights = reset_parameters
 
     def forward(self, x: torch.Tensor, span: Optional[Tuple[int, int]] = None) -> torch.Tensor:
-        start, stop = (0, self.used) if span is None else span
         out_features = self.out_features // self.nodes
-        weight = self.weight[start * out_features:stop * out_features]
-        bias = self.bias[start * out_features:stop * out_features]
-        weight = weight.view(stop - start, out_features, self.in_features)
+        weight, bias = self.weight, self.bias
+        if span is not None:  # the gradient of a slice, even of all, is a copy into zeros
+            weight = weight[span[0] * out_features:span[1] * out_features]
+            bias = bias[span[0] * out_features:span[1] * out_features]
+        weight = weight.view(-1, out_features, self.in_features)
         x = torch.matmul(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
-        return x + bias.view(stop - start, out_features)
+        return x + bias.view(-1, out_features)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, nodes={self.nodes}'

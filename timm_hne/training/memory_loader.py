@@ -79,8 +79,9 @@ class MemoryLoader:
     """Batches of images that lie in memory, augmented and normalised a batch at a time on their device.
 
     In training, the paper's augmentation for CIFAR: zero padding, a random crop of the original size, and a random
-    horizontal flip. Order and augmentation are a function of seed and epoch. With several processes, batch `k` of all
-    of them together is what one process would see as its batch `k` of the joint size.
+    horizontal flip; or a random resized crop and a flip. Order and augmentation are a function of seed and epoch. With
+    several processes, batch `k` of all of them together is what one process would see as its batch `k` of the joint
+    size.
 
     Args:
         images: (n, C, H, W), uint8
@@ -90,6 +91,8 @@ class MemoryLoader:
         std: Standard deviation of each channel.
         training: Shuffle and augment.
         crop_padding: Pixels of padding on each side.
+        scale: Least and greatest area of a random resized crop, relative to the image; it replaces the padded crop.
+            The aspect ratio is from 3/4 to 4/3, sides that would exceed the image are those of the image.
         hflip: Probability of a flip.
         seed: Seed of the order and the augmentation.
         device: Where the images are kept and the batches made.
@@ -111,6 +114,7 @@ class MemoryLoader:
             std: tuple[float, ...],
             training: bool = False,
             crop_padding: int = 0,
+            scale: tuple[float, float] | None = None,
             hflip: float = 0.,
             seed: int = 0,
             device: torch.device | str = 'cpu',
@@ -125,10 +129,11 @@ class MemoryLoader:
         self.pixels = images.permute(0, 2, 3, 1).contiguous().to(device)
         self.labels = labels.to(device)
         self.batch_size = batch_size
-        self.scale = 1 / (255 * torch.tensor(std, device=device))
+        self.gain = 1 / (255 * torch.tensor(std, device=device))
         self.shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
         self.training = training
         self.crop_padding = crop_padding
+        self.scale = scale
         self.hflip = hflip
         self.seed = seed
         self.device = torch.device(device)
@@ -160,10 +165,15 @@ class MemoryLoader:
         order = torch.randperm(count, generator=generator).to(self.device)
         offsets = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=generator).to(self.device)
         flips = (torch.rand(count, generator=generator) < self.hflip).to(self.device)
+        boxes = _random_boxes(count, self.scale, generator).to(self.device) if self.scale else None
         for start in starts:
             part = slice(start, start + self.batch_size)
-            chosen = order[part]
-            yield self._normalize(self._crop_flip(self.pixels[chosen], offsets[part], flips[part])), self.labels[chosen]
+            pixels, labels = self.pixels[order[part]], self.labels[order[part]]
+            if boxes is None:
+                pixels = self._crop_flip(pixels, offsets[part], flips[part])
+            else:
+                pixels = _resized_crop(pixels, boxes[part], flips[part])
+            yield self._normalize(pixels), labels
 
     def _crop_flip(self, pixels: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
         count, height, width, _ = pixels.shape
@@ -176,4 +186,26 @@ class MemoryLoader:
         return pixels[batch, rows[:, :, None], columns[:, None, :]]
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(self.shift, pixels.float(), self.scale).permute(0, 3, 1, 2)
+        return torch.addcmul(self.shift, pixels.float(), self.gain).permute(0, 3, 1, 2)
+
+
+def _random_boxes(count: int, scale: tuple[float, float], generator: torch.Generator) -> torch.Tensor:
+    """Draw crops: width, height, and the left and the top margin, as parts of the image's sides, `(count, 4)`."""
+    areas, ratios, left, top = torch.rand(4, count, generator=generator)
+    areas = scale[0] + (scale[1] - scale[0]) * areas
+    ratios = (4 / 3) ** (2 * ratios - 1)
+    width, height = ((areas * ratio).sqrt().clamp(max=1) for ratio in (ratios, 1 / ratios))
+    return torch.stack([width, height, (1 - width) * left, (1 - height) * top], dim=1)
+
+
+def _resized_crop(pixels: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """Scale crops of images (B, H, W, C) to the size of the images (bilinear), and mirror those of `flips`."""
+    width, height, left, top = boxes.unbind(1)
+    # `grid_sample` counts from -1 to 1 across the image.
+    theta = pixels.new_zeros(len(pixels), 2, 3, dtype=torch.float32)
+    theta[:, 0, 0], theta[:, 0, 2] = torch.where(flips, -width, width), 2 * left + width - 1
+    theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
+    images = pixels.permute(0, 3, 1, 2).float()
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode='border', align_corners=False)
+    return images.permute(0, 2, 3, 1).contiguous()
