@@ -3,7 +3,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 __all__ = ['convolve_in_training', 'has_slow_gradient']
 
@@ -30,19 +29,39 @@ def has_slow_gradient(x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, 
 class _Convolution(torch.autograd.Function):
     """`F.conv2d` at stride 1 that keeps the resolution."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.groups = groups
+    def forward(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=groups)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        x, weight, ctx.groups = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        gradients = _pointwise_gradients if weight.shape[-1] == 1 else _depthwise_gradients
+        if torch.is_grad_enabled():  # somebody wants the gradient of the gradient
+            gradients = _plain_gradients
+        else:
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            gradients = _pointwise_gradients if weight.shape[-1] == 1 else _depthwise_gradients
         return *gradients(grad, x, weight, ctx.groups, ctx.needs_input_grad[0]), None
+
+
+def _plain_gradients(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        groups: int,
+        of_input: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """As PyTorch does."""
+    padding = [weight.shape[-1] // 2] * 2
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], groups, [of_input, True, False])[:2]
 
 
 def _pointwise_gradients(
@@ -83,9 +102,7 @@ def _depthwise_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """With the feature maps filled up to 3x3, which changes no sum but takes oneDNN's fast path."""
     missing = [0, 3 - x.shape[3], 0, 3 - x.shape[2]]
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        F.pad(grad, missing), F.pad(x, missing), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups,
-        [of_input, True, False])
+    grad_x, grad_weight = _plain_gradients(F.pad(grad, missing), F.pad(x, missing), weight, groups, of_input)
     return grad_x[:, :, :x.shape[2], :x.shape[3]] if of_input else None, grad_weight
 
 

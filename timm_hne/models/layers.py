@@ -121,10 +121,12 @@ class BranchedConv2d(nn.Conv2d):
         nn.init.normal_(self.weight, std=math.sqrt(2 / fan_out))
 
     def forward(self, x: torch.Tensor, span: Optional[Tuple[int, int]] = None) -> torch.Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting() and self.training:
+            if span is None and has_slow_gradient(x, self.weight, self.stride, self.groups):
+                return convolve_in_training(x, self.weight, self.groups)
             # On a CPU, the backward pass of a strided depth-wise convolution takes five to ten times as long in
             # bfloat16 as in float32.
-            slow = self.training and self.stride[0] > 1 and self.groups > self.parents
+            slow = self.stride[0] > 1 and self.groups > self.parents
             if slow and torch.is_autocast_enabled('cpu') and x.device.type == 'cpu':
                 with torch.autocast('cpu', enabled=False):
                     return self.convolve_nodes(x.to(self.weight.dtype), span)
@@ -133,9 +135,6 @@ class BranchedConv2d(nn.Conv2d):
     def convolve_nodes(self, x: torch.Tensor, span: Optional[Tuple[int, int]]) -> torch.Tensor:
         """Compute the nodes of `span`, all if None."""
         if span is None:
-            if not torch.jit.is_scripting() and self.training:
-                if has_slow_gradient(x, self.weight, self.stride, self.groups):
-                    return convolve_in_training(x, self.weight, self.groups)
             return F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
         start, stop = span
         branching = self.nodes // self.parents
