@@ -57,11 +57,12 @@ def _plain_gradients(
         weight: torch.Tensor,
         groups: int,
         of_input: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
+        of_weight: bool = True,
+) -> list[torch.Tensor | None]:
     """As PyTorch does."""
     padding = [weight.shape[-1] // 2] * 2
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], groups, [of_input, True, False])[:2]
+        grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], groups, [of_input, of_weight, False])[:2]
 
 
 def _pointwise_gradients(
@@ -100,10 +101,10 @@ def _depthwise_gradients(
         groups: int,
         of_input: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """With the feature maps filled up to 3x3, which changes no sum but takes oneDNN's fast path."""
+    """That of the weight with feature maps filled up to 3x3, which changes no sum but takes oneDNN's fast path."""
     missing = [0, 3 - x.shape[3], 0, 3 - x.shape[2]]
-    grad_x, grad_weight = _plain_gradients(F.pad(grad, missing), F.pad(x, missing), weight, groups, of_input)
-    return grad_x[:, :, :x.shape[2], :x.shape[3]] if of_input else None, grad_weight
+    grad_x = _plain_gradients(grad, x, weight, groups, True, False)[0] if of_input else None
+    return grad_x, _plain_gradients(F.pad(grad, missing), F.pad(x, missing), weight, groups, False)[1]
 
 
 def convolve_in_training(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
@@ -17,6 +18,13 @@ from .layers import BranchedDropPath, ConvNormAct
 from .weights import build_model
 
 __all__ = ['HNEMobileNetV2']
+
+
+class ReLU6(nn.ReLU6):
+    """ReLU6, in place in inference alone: its gradient needs the input, of which PyTorch would keep a copy."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu6(x, inplace=not self.training)
 
 
 class InvertedResidual(nn.Module):
@@ -38,8 +46,8 @@ class InvertedResidual(nn.Module):
     ):
         super().__init__()
         mid_chs = 6 * in_chs
-        self.conv_pw = ConvNormAct(in_chs, mid_chs, 1, parents, nodes, act_layer=nn.ReLU6, **dd)
-        self.conv_dw = ConvNormAct(mid_chs, mid_chs, 3, nodes, nodes, stride, groups=mid_chs, act_layer=nn.ReLU6, **dd)
+        self.conv_pw = ConvNormAct(in_chs, mid_chs, 1, parents, nodes, act_layer=ReLU6, **dd)
+        self.conv_dw = ConvNormAct(mid_chs, mid_chs, 3, nodes, nodes, stride, groups=mid_chs, act_layer=ReLU6, **dd)
         self.conv_pwl = ConvNormAct(mid_chs, out_chs, 1, nodes, nodes, act_layer=None, **dd)
         self.has_shortcut = parents == nodes and in_chs == out_chs and stride == 1
         self.drop_path = BranchedDropPath(drop_path, out_chs) if drop_path and self.has_shortcut else nn.Identity()
@@ -93,8 +101,8 @@ class HNEMobileNetV2(BranchedEnsemble):
         dd = {'device': device, 'dtype': dtype}
         chs = self.stem_features
         layers = [
-            ConvNormAct(in_chans, chs, 3, 1, nodes[0], stride=2, act_layer=nn.ReLU6, **dd),
-            ConvNormAct(chs, chs, 1, nodes[0], nodes[0], act_layer=nn.ReLU6, **dd),
+            ConvNormAct(in_chans, chs, 3, 1, nodes[0], stride=2, act_layer=ReLU6, **dd),
+            ConvNormAct(chs, chs, 1, nodes[0], nodes[0], act_layer=ReLU6, **dd),
         ]
         blocks, reductions, reduction, parents = [], [], 2, nodes[0]
         all_rates = calculate_drop_path_rates(drop_path_rate, [len(stage) for stage in self.stages], stagewise=True)
@@ -103,7 +111,7 @@ class HNEMobileNetV2(BranchedEnsemble):
                 layers.append(InvertedResidual(chs, out_chs, parents, count, stride, dd, rate))
                 chs, parents, reduction = out_chs, count, reduction * stride
             if stage is self.stages[-1]:
-                layers.append(ConvNormAct(chs, self.num_conv_features, 1, count, count, act_layer=nn.ReLU6, **dd))
+                layers.append(ConvNormAct(chs, self.num_conv_features, 1, count, count, act_layer=ReLU6, **dd))
                 chs = self.num_conv_features
             blocks.append(BranchedBlock(*layers, nodes=count, out_channels=chs))
             reductions.append(reduction)
@@ -114,7 +122,7 @@ class HNEMobileNetV2(BranchedEnsemble):
             num_classes,
             in_chans,
             hidden_features=self.hidden_features,
-            hidden_act_layer=nn.ReLU6,
+            hidden_act_layer=ReLU6,
             num_members=num_members,
             global_pool=global_pool,
             drop_rate=drop_rate,
