@@ -43,10 +43,20 @@ def load_into_memory(
         ValueError: An image has another size, and none is to be resized.
     """
     collate = partial(_collate, img_size=img_size, resize=resize)
-    batches = list(DataLoader(dataset, batch_size=512, num_workers=num_workers, collate_fn=collate))
-    images, labels = (torch.cat(parts) for parts in zip(*batches))
-    keep = ~dataset.bad
-    return images[keep], labels[keep]
+    images = labels = None
+    start = 0
+    for pixels, classes in DataLoader(dataset, batch_size=512, num_workers=num_workers, collate_fn=collate):
+        if images is None:
+            # The layout of a `MemoryLoader`: there is one copy of the images at any time.
+            shape = len(dataset), *pixels.shape[1:]
+            images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+            labels = torch.empty(len(dataset), dtype=torch.int64)
+        images[start:start + len(pixels)] = pixels
+        labels[start:start + len(pixels)] = classes
+        start += len(pixels)
+    if dataset.bad.any():
+        images, labels = images[~dataset.bad], labels[~dataset.bad]
+    return images, labels
 
 
 def _collate(batch: list, img_size: int, resize: bool) -> tuple[torch.Tensor, torch.Tensor]:
