@@ -103,3 +103,10 @@ def test_gradients_of_gradients_and_of_each_image(in_chs, kernel):
 
     for a, b in zip(gradients(convolve_in_training), gradients(expected)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+def test_a_network_traced_in_training_can_be_saved(tmp_path):
+    layer = layers.BranchedConv2d(MIN_CHANNELS, MIN_CHANNELS, 1, 2, 2).to(memory_format=torch.channels_last).train()
+    x, _ = operands(2, MIN_CHANNELS, MIN_CHANNELS, 1, 2, 2)
+    torch.jit.trace(layer, x).save(tmp_path / 'layer.pt')
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'layer.pt')(x), layer(x))

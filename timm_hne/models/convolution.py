@@ -15,7 +15,9 @@ def has_slow_gradient(x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, 
     It is in two cases, on a CPU in float32 and channels_last: a 1x1 convolution in groups of many channels, and a
     depth-wise 3x3 one on feature maps of at most 2x2 pixels.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu') or groups == 1 or set(stride) != {1}:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu'):
+        return False
+    if groups == 1 or set(stride) != {1}:
         return False
     if x.device.type != 'cpu' or not x.dtype == weight.dtype == torch.float32 or not weight.requires_grad:
         return False
