@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Gradients of convolutions on a CPU, as PyTorch computes them and as `timm_hne/models/convolution.py` does.
 
-    python benchmarks/gradients.py [--models hne_mobilenetv2_075_e8 ...] [--output FILE]
+    python benchmarks/gradients.py [--cases hne_mobilenetv2_075_e8:64 ...] [--output FILE]
 
 For each model and image size: a training step (forward, loss, backward, optimiser) in float32 with the one and the
 other, in turn, and the backward pass of each convolution that is computed in the other way. One thread, as in
@@ -74,8 +74,9 @@ def measure_convolution(image: tuple, kernel: tuple, groups: int, args: argparse
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=['hne_mobilenetv2_075_e8', 'hne_resnet50_c8'])
-    parser.add_argument('--img-sizes', nargs='+', type=int, default=[64, 96])
+    parser.add_argument(
+        '--cases', nargs='+', metavar='MODEL:PIXELS',
+        default=['hne_mobilenetv2_075_e8:64', 'hne_mobilenetv2_075_e8:96', 'hne_resnet50_c8:32'])
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--repeats', type=int, default=7)
     parser.add_argument('--warmup', type=int, default=2)
@@ -91,14 +92,14 @@ def main() -> None:
             'ours, ms': 1e3 * seconds['ours'], 'conv2d / ours': seconds['conv2d'] / seconds['ours']})
         print(rows[-1], flush=True)
 
-    for name in args.models:
-        for size in args.img_sizes:
-            model = timm.create_model(name, num_classes=200).to(memory_format=torch.channels_last)
-            images = torch.randn(args.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
-            add(name, size, 'step', 1, measure_step(model, (images, torch.arange(args.batch_size) % 200), args))
-            for (image, kernel, groups), count in find_convolutions(model, images).items():
-                what = f'{kernel[1]}->{kernel[0] // groups}, {groups} groups, {image[2]}x{image[3]}, kernel {kernel[2]}'
-                add(name, size, what, count, measure_convolution(image, kernel, groups, args))
+    for case in args.cases:
+        name, size = case.split(':')[0], int(case.split(':')[1])
+        model = timm.create_model(name, num_classes=200).to(memory_format=torch.channels_last)
+        images = torch.randn(args.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
+        add(name, size, 'step', 1, measure_step(model, (images, torch.arange(args.batch_size) % 200), args))
+        for (image, kernel, groups), count in find_convolutions(model, images).items():
+            what = f'{kernel[1]}->{kernel[0] // groups}, {groups} groups, {image[2]}x{image[3]}, kernel {kernel[2]}'
+            add(name, size, what, count, measure_convolution(image, kernel, groups, args))
     command = f'python benchmarks/gradients.py {shlex.join(sys.argv[1:])}'.strip()
     table = markdown_table(list(rows[0]), [
         [f'{value:.2f}' if isinstance(value, float) else str(value) for value in row.values()] for row in rows])
