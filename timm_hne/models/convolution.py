@@ -17,7 +17,7 @@ def has_slow_gradient(x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, 
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu'):
         return False
-    if groups == 1 or set(stride) != {1}:
+    if type(x) is not torch.Tensor or groups == 1 or set(stride) != {1}:  # such as torch.fx traces with
         return False
     if x.device.type != 'cpu' or not x.dtype == weight.dtype == torch.float32 or not weight.requires_grad:
         return False
