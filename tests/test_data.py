@@ -173,6 +173,18 @@ def test_folder_in_memory(folder):
     assert labels.tolist() == [0] * 6 + [1] * 6
 
 
+@pytest.mark.parametrize('recipe, crop_padding, scale', [
+    ({}, 4, None),
+    ({'scale': (0.5, 1)}, 4, None),
+    ({'crop_padding': 0}, 0, None),
+    ({'crop_padding': None, 'scale': (0.5, 1)}, 0, (0.5, 1)),
+])
+def test_crops_in_memory(folder, recipe, crop_padding, scale):
+    config = TrainConfig(in_memory=True, num_workers=0, img_size=4, batch_size=4, mean=MEAN, std=STD, **recipe)
+    loader = create_image_loader(open_folder(folder)[0], config, True, False, torch.device('cpu'))
+    assert (loader.crop_padding, loader.scale) == (crop_padding, scale)
+
+
 def test_grey_images(folder):
     train, _, _ = open_folder(folder, in_chans=1)
     assert load_into_memory(train, 4)[0].shape == (12, 1, 4, 4)

@@ -74,8 +74,8 @@ class TrainConfig:
 
     # Augmentation
     hflip: float = 0.5  # probability of a horizontal flip
-    crop_padding: int = 4  # in memory: pixels of zero padding before the random crop
-    scale: tuple[float, float] | None = None  # area of the random resized crop: (0.08, 1) if None, in memory none
+    crop_padding: int | None = 4  # in memory: pixels of zero padding before a random crop; None: random resized crop
+    scale: tuple[float, float] = (0.08, 1.)  # area of the random resized crop
     color_jitter: float = 0.  # not in memory
     mixup: float = 0.  # alpha of mixup
     cutmix: float = 0.  # alpha of cutmix
@@ -148,7 +148,7 @@ class TrainConfig:
                     raise ValueError(f'{name} must be {allowed}, got {value}.')
         if self.in_chans not in (1, 3):
             raise ValueError(f'in_chans must be 1 or 3, got {self.in_chans}.')
-        if self.scale and (len(self.scale) != 2 or self.scale[0] > self.scale[1]):
+        if len(self.scale) != 2 or self.scale[0] > self.scale[1]:
             raise ValueError(f'scale must be two numbers, the smaller first, got {self.scale}.')
         for name in ('num_classes', 'in_chans', 'pretrained'):
             if name in self.model_kwargs:
