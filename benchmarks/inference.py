@@ -1,8 +1,8 @@
 """Inference speed: every engine against the paper's implementation, what else a user would do, and the arithmetic.
 
     python benchmarks/inference.py --output docs/results/inference          # --sections chooses some of them
-    python benchmarks/inference.py --sections headline alternatives --model hne_mobilenetv2_075_e8 --batch-sizes 1 8 \\
-        --output docs/results/inference/mobilenetv2
+    python benchmarks/inference.py --sections headline alternatives --model hne_mobilenetv2_075_e8.hcd_in1k \\
+        --batch-sizes 1 8 --output docs/results/inference/mobilenetv2
 
 Every section times all of its variants in turn, so that a change in the machine's speed meets all of them alike, and
 reports medians and ratios of that one run. Making programs is not timed. A row has the name of the engine that really

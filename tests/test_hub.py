@@ -274,7 +274,7 @@ def test_the_record_of_the_package_counts_before_the_manifest(hub, package, file
 
 
 @pytest.mark.parametrize(
-    'name', ['hne_mobilenetv2_075_e8', 'hne_mobilenetv2_075_e8.hcd_in1k', 'hne_resnet50_c8.no_such'])
+    'name', ['hne_mobilenetv2_075_e4', 'hne_mobilenetv2_075_e8.hcd_in1k', 'hne_resnet50_c8.no_such'])
 def test_a_tag_without_weights_names_those_with(name):
     with pytest.raises(RuntimeError, match=r'hne_resnet50_c8\.hcd_cifar10') as error:
         load(name)

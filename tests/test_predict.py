@@ -112,7 +112,7 @@ def test_pictures_are_turned_upright_and_prepared_as_timm_does(model, image, tmp
     (['--budget-ms', '5', '--num-members', '1'], r'--num-members.*--budget-ms'),
     (['--top-k', '0'], r'top_k .*1, got 0'),
     (['--model', 'resnet18'], r'model .*hierarchical ensemble.*resnet18'),
-    (['--model', 'hne_mobilenetv2_075_e8'], r'hne_mobilenetv2_075_e8\.\S+ .*weights'),
+    (['--model', 'hne_mobilenetv2_075_e4'], r'hne_mobilenetv2_075_e4\.\S+ .*weights'),
 ])
 def test_bad_arguments(folder, image, capsys, options, message):
     with pytest.raises(SystemExit) as error:

@@ -1,7 +1,9 @@
 """The packaged weights are those that were measured, and need no network.
 
     python tests/test_weights.py         # stores the logits of new weights, for review and commit
-    CIFAR10_DIR=... python -m pytest tests/test_weights.py      # measures the accuracies again, on test/CLASS images
+    CIFAR10_DIR=... TINY_IMAGENET_DIR=... python -m pytest tests/test_weights.py    # measures the accuracies again
+
+CIFAR10_DIR holds test/CLASS images, TINY_IMAGENET_DIR is what train_scripts/tiny_imagenet.py makes.
 """
 import json
 import os
@@ -22,7 +24,7 @@ from timm_hne.pretrained import PACKAGED, digest, read_digests
 NAMES = timm.list_models('hne_*', pretrained=True)
 LOGITS = Path(__file__).parent / 'logits'
 CARDS = Path(__file__).parents[1] / 'hub_cards'
-CIFAR10 = os.environ.get('CIFAR10_DIR')
+DATA = {'hcd_cifar10': ('CIFAR10_DIR', 'test'), 'hcd_tiny_imagenet': ('TINY_IMAGENET_DIR', 'validation')}
 
 
 def generated_images(model):
@@ -53,7 +55,7 @@ def no_network(monkeypatch):
 def test_everything_that_is_packaged_has_a_tag_and_a_card():
     files = {path.stem for path in PACKAGED.glob('*.safetensors')}
     assert files == set(NAMES) == {path.parent.name for path in CARDS.glob('*.*/README.md')}
-    assert 'hne_resnet50_c8.hcd_cifar10' in NAMES
+    assert {'hne_resnet50_c8.hcd_cifar10', 'hne_mobilenetv2_075_e8.hcd_tiny_imagenet'} <= files
     recorded = read_digests(PACKAGED / 'SHA256SUMS')
     assert recorded == {path.name: digest(path.read_bytes()) for path in PACKAGED.glob('*.safetensors')}
 
@@ -104,15 +106,17 @@ def test_other_weights_have_no_names_of_these_classes(name, tmp_path, no_network
 
 @pytest.mark.parametrize('name', NAMES)
 def test_weights_are_small(name):
-    limit = {'hne_resnet50_c8': 3e6, 'hne_resnet50_c16': 12e6}[name.partition('.')[0]]
+    limit = {'hne_resnet50_c8': 3e6, 'hne_resnet50_c16': 12e6, 'hne_mobilenetv2_075_e8': 32e6}[name.partition('.')[0]]
     assert (PACKAGED / f'{name}.safetensors').stat().st_size < limit
 
 
-@pytest.mark.skipif(not CIFAR10, reason='CIFAR10_DIR does not name a folder with the images of CIFAR-10')
 @pytest.mark.parametrize('name', NAMES)
 def test_stated_accuracies(name, tmp_path, no_network):
-    output = tmp_path / 'again.json'
-    main(['eval', name, '--data-dir', CIFAR10, '--split', 'test', '--workers', '0', '--output', str(output)])
+    variable, split = DATA[name.partition('.')[2]]
+    if not os.environ.get(variable):
+        pytest.skip(f'{variable} does not name a folder with the images')
+    folder, output = os.environ[variable], tmp_path / 'again.json'
+    main(['eval', name, '--data-dir', folder, '--split', split, '--workers', '0', '--output', str(output)])
     again = json.loads(output.read_text())
     stated = json.loads((CARDS / name / 'evaluation.json').read_text())
     assert again['num_images'] == stated['num_images'] == 10_000

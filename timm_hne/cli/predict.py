@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `timm-hne predict`."""
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file, or folder of images')
     parser.add_argument(
-        '--model', default='hne_resnet50_c8', metavar='NAME',
+        '--model', default='hne_mobilenetv2_075_e8', metavar='NAME',
         help='a checkpoint, the folder of a training run, of a published or of an exported model, a Hub model '
              '(hf-hub:user/name) or a registered model; default: %(default)s')
     add_model_kwargs(parser)

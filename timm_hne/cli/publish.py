@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--base-model', metavar='USER/NAME', help='model on the Hub that this one was made from')
     parser.add_argument(
         '--datasets', nargs='+', metavar='ID',
-        help='data sets on the Hub that it was trained on (default: known for CIFAR-10, CIFAR-100 and ImageNet)')
+        help='data sets on the Hub that it was trained on (default: known for CIFAR-10, CIFAR-100, Tiny-ImageNet and '
+             'ImageNet)')
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,7 +17,12 @@ _METADATA = re.compile(r'\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)', re.DOTALL)
 _OWN_METADATA = ('library_name', 'pipeline_tag', 'model-index')  # the rest belongs to the owner, once it is there
 
 # Ids on the Hub of the data sets that `timm-hne eval` knows by a shorter name.
-_HUB_IDS = {'cifar10': 'uoft-cs/cifar10', 'cifar100': 'uoft-cs/cifar100', 'imagenet': 'ILSVRC/imagenet-1k'}
+_HUB_IDS = {
+    'cifar10': 'uoft-cs/cifar10',
+    'cifar100': 'uoft-cs/cifar100',
+    'tiny-imagenet': 'zh-plus/tiny-imagenet',
+    'imagenet': 'ILSVRC/imagenet-1k',
+}
 
 
 def render_card(
