@@ -131,46 +131,46 @@ class HNEMobileNetV2(BranchedEnsemble):
         )
 
 
-def _cfg(input_size=(3, 224, 224), num_classes=1000, pool_size=(7, 7), crop_pct=0.875, **kwargs):
-    return dict(
-        num_classes=num_classes,
-        input_size=input_size,
-        pool_size=pool_size,
-        crop_pct=crop_pct,
-        interpolation='bilinear',
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv='blocks.0.0.conv',
-        classifier='classifier',
-        paper_ids='arXiv:2003.01474',
-        paper_name='Distilled Hierarchical Neural Ensembles with Adaptive Inference Cost',
-        license='apache-2.0',
+def _cfg(**kwargs):
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'blocks.0.0.conv',
+        'classifier': 'classifier',
+        'paper_ids': 'arXiv:2003.01474',
+        'paper_name': 'Distilled Hierarchical Neural Ensembles with Adaptive Inference Cost',
+        'license': 'apache-2.0',
         **kwargs,
-    )
+    }
 
 
 # In the order that timm's readers give the folders of train_scripts/tiny_imagenet.py.
 _TINY_IMAGENET = """
 abacus, academic gown, acorn, African elephant, albatross, alp, altar, American alligator, American lobster, apron,
 Arabian camel, baboon, backpack, banana, bannister, barbershop, barn, barrel, basketball, bathtub, beach wagon,
-beacon, beaker, bee, beer bottle, bell pepper, bighorn, bikini, binoculars, birdhouse, bison, black stork, black
-widow, boa constrictor, bow tie, brain coral, brass, broom, brown bear, bucket, bullet train, bullfrog, butcher
-shop, candle, cannon, cardigan, cash machine, cauliflower, CD player, centipede, chain, chest, Chihuahua,
+beacon, beaker, bee, beer bottle, bell pepper, bighorn, bikini, binoculars, birdhouse, bison, black stork,
+black widow, boa constrictor, bow tie, brain coral, brass, broom, brown bear, bucket, bullet train, bullfrog,
+butcher shop, candle, cannon, cardigan, cash machine, cauliflower, CD player, centipede, chain, chest, Chihuahua,
 chimpanzee, Christmas stocking, cliff, cliff dwelling, cockroach, comic book, computer keyboard, confectionery,
-convertible, coral reef, cougar, crane, dam, desk, dining table, dragonfly, drumstick, dugong, dumbbell, Egyptian
-cat, espresso, European fire salamander, flagpole, fly, fountain, freight car, frying pan, fur coat, gasmask,
-gazelle, German shepherd, go-kart, golden retriever, goldfish, gondola, goose, grasshopper, guacamole, guinea pig,
-hog, hourglass, ice cream, ice lolly, iPod, jellyfish, jinrikisha, kimono, king penguin, koala, Labrador retriever,
+convertible, coral reef, cougar, crane, dam, desk, dining table, dragonfly, drumstick, dugong, dumbbell, Egyptian cat,
+espresso, European fire salamander, flagpole, fly, fountain, freight car, frying pan, fur coat, gasmask, gazelle,
+German shepherd, go-kart, golden retriever, goldfish, gondola, goose, grasshopper, guacamole, guinea pig, hog,
+hourglass, ice cream, ice lolly, iPod, jellyfish, jinrikisha, kimono, king penguin, koala, Labrador retriever,
 ladybug, lakeside, lampshade, lawn mower, lemon, lesser panda, lifeboat, limousine, lion, magnetic compass, mantis,
 mashed potato, maypole, meat loaf, military uniform, miniskirt, monarch, moving van, mushroom, nail, neck brace,
-obelisk, oboe, orange, orangutan, organ, ox, parking meter, pay-phone, Persian cat, picket fence, pill bottle,
-pizza, plate, plunger, pole, police van, pomegranate, poncho, pop bottle, potpie, potter's wheel, pretzel,
-projectile, punching bag, reel, refrigerator, remote control, rocking chair, rugby ball, sandal, school bus,
-scoreboard, scorpion, sea cucumber, sea slug, seashore, sewing machine, slug, snail, snorkel, sock, sombrero, space
-heater, spider web, spiny lobster, sports car, standard poodle, steel arch bridge, stopwatch, sulphur butterfly,
-sunglasses, suspension bridge, swimming trunks, syringe, tabby, tailed frog, tarantula, teapot, teddy, thatch,
-torch, tractor, trilobite, triumphal arch, trolleybus, turnstile, umbrella, vestment, viaduct, volleyball, walking
-stick, water jug, water tower, wok, wooden spoon, Yorkshire terrier
+obelisk, oboe, orange, orangutan, organ, ox, parking meter, pay-phone, Persian cat, picket fence, pill bottle, pizza,
+plate, plunger, pole, police van, pomegranate, poncho, pop bottle, potpie, potter's wheel, pretzel, projectile,
+punching bag, reel, refrigerator, remote control, rocking chair, rugby ball, sandal, school bus, scoreboard, scorpion,
+sea cucumber, sea slug, seashore, sewing machine, slug, snail, snorkel, sock, sombrero, space heater, spider web,
+spiny lobster, sports car, standard poodle, steel arch bridge, stopwatch, sulphur butterfly, sunglasses,
+suspension bridge, swimming trunks, syringe, tabby, tailed frog, tarantula, teapot, teddy, thatch, torch, tractor,
+trilobite, triumphal arch, trolleybus, turnstile, umbrella, vestment, viaduct, volleyball, walking stick, water jug,
+water tower, wok, wooden spoon, Yorkshire terrier
 """
 
 default_cfgs = generate_default_cfgs({
