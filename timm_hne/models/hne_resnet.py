@@ -125,9 +125,10 @@ class HNEResNet(BranchedEnsemble):
                     nn.init.zeros_(module.conv3.bn.weight)
 
 
-def _cfg(**kwargs):
+def _cfg(label_names, **kwargs):
     return dict(
-        num_classes=10,
+        num_classes=len(label_names),
+        label_names=label_names,
         input_size=(3, 32, 32),
         pool_size=(8, 8),
         crop_pct=1.0,
@@ -144,11 +145,22 @@ def _cfg(**kwargs):
 
 
 _CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+_CIFAR100 = tuple("""
+apple, aquarium fish, baby, bear, beaver, bed, bee, beetle, bicycle, bottle, bowl, boy, bridge, bus, butterfly, camel,
+can, castle, caterpillar, cattle, chair, chimpanzee, clock, cloud, cockroach, couch, crab, crocodile, cup, dinosaur,
+dolphin, elephant, flatfish, forest, fox, girl, hamster, house, kangaroo, keyboard, lamp, lawn mower, leopard, lion,
+lizard, lobster, man, maple tree, motorcycle, mountain, mouse, mushroom, oak tree, orange, orchid, otter, palm tree,
+pear, pickup truck, pine tree, plain, plate, poppy, porcupine, possum, rabbit, raccoon, ray, road, rocket, rose, sea,
+seal, shark, shrew, skunk, skyscraper, snail, snake, spider, squirrel, streetcar, sunflower, sweet pepper, table,
+tank, telephone, television, tiger, tractor, train, trout, tulip, turtle, wardrobe, whale, willow tree, wolf, woman,
+worm
+""".strip().replace('\n', ' ').split(', '))
 
 # 'hcd' stands for hierarchical co-distillation, the objective.
 default_cfgs = generate_default_cfgs({
-    'hne_resnet50_c16.hcd_cifar10': _cfg(label_names=_CIFAR10),
-    'hne_resnet50_c8.hcd_cifar10': _cfg(file=packaged('hne_resnet50_c8.hcd_cifar10'), label_names=_CIFAR10),
+    'hne_resnet50_c16.hcd_cifar10': _cfg(_CIFAR10),
+    'hne_resnet50_c8.hcd_cifar10': _cfg(_CIFAR10, file=packaged('hne_resnet50_c8.hcd_cifar10')),
+    'hne_resnet50_c8.hcd_cifar100': _cfg(_CIFAR100, file=packaged('hne_resnet50_c8.hcd_cifar100')),
 })
 
 
