@@ -27,8 +27,9 @@ ALONE = 0.05  # seconds that each callable runs before it is timed
 def add_subject(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose what `load_subject` loads."""
     subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument('--data-dir', help=f"folder of CIFAR-10 with test/CLASS, for the packaged weights of {MODEL}")
+    subject.add_argument('--data-dir', help='folder of images with test/CLASS, for the packaged weights of --model')
     subject.add_argument('--checkpoint', help="weights of `timm-hne demo`, for its held-out digits")
+    parser.add_argument('--model', default=MODEL, help=f'model with packaged weights of the images, default {MODEL}')
 
 
 def load_subject(args: argparse.Namespace) -> tuple[HierarchicalEnsemble, torch.Tensor, torch.Tensor]:
@@ -41,7 +42,7 @@ def load_subject(args: argparse.Namespace) -> tuple[HierarchicalEnsemble, torch.
         size, mean, std = (DIGITS_RECIPE[key] for key in ('img_size', 'mean', 'std'))
         dataset = DigitsDataset(train=False)
     else:
-        model = timm.create_model(MODEL, pretrained=True)
+        model = timm.create_model(args.model, pretrained=True)
         cfg = model.pretrained_cfg
         dataset = open_dataset('', args.data_dir, 'test', model.in_chans)
         size, mean, std = cfg['input_size'][-1], cfg['mean'], cfg['std']

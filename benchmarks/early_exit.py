@@ -1,6 +1,7 @@
 """Accuracy against average MACs: images that leave once they are sure, beside a fixed number of members for all.
 
-    python benchmarks/early_exit.py --data-dir CIFAR10 --output docs/results/early_exit
+    python benchmarks/early_exit.py --model hne_resnet50_c8.hcd_cifar100 --data-dir CIFAR100 \\
+        --output docs/results/early_exit
 
     timm-hne demo --output output/demo                       # or without a data set, on handwritten digits
     python benchmarks/early_exit.py --checkpoint output/demo/model.safetensors
@@ -78,8 +79,8 @@ def main() -> None:
         rows.append([
             criterion, f'{point.threshold:.4f}', f'{accuracy:.2f}', f'{mean_macs:.2f}', f'{sum(used) / len(used):.2f}'])
     table = (
-        f'Thresholds that lose at most {100 * args.max_accuracy_loss:g} points on {len(held_out)} images; what they '
-        f'achieve on {len(test)} others.\n\n'
+        f'{"Digits" if args.checkpoint else args.model}: thresholds that lose at most {100 * args.max_accuracy_loss:g} '
+        f'points on {len(held_out)} images; what they achieve on {len(test)} others.\n\n'
         + markdown_table(['criterion', 'threshold', 'accuracy %', 'million MACs', 'members'], rows))
     print(table)
     write_text(args.output / 'early_exit.md', table)

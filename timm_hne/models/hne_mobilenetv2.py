@@ -150,7 +150,7 @@ def _cfg(**kwargs):
 
 
 # In the order that timm's readers give the folders of train_scripts/tiny_imagenet.py.
-_TINY_IMAGENET = """
+_TINY_IMAGENET = tuple("""
 abacus, academic gown, acorn, African elephant, albatross, alp, altar, American alligator, American lobster, apron,
 Arabian camel, baboon, backpack, banana, bannister, barbershop, barn, barrel, basketball, bathtub, beach wagon,
 beacon, beaker, bee, beer bottle, bell pepper, bighorn, bikini, binoculars, birdhouse, bison, black stork,
@@ -171,16 +171,16 @@ spiny lobster, sports car, standard poodle, steel arch bridge, stopwatch, sulphu
 suspension bridge, swimming trunks, syringe, tabby, tailed frog, tarantula, teapot, teddy, thatch, torch, tractor,
 trilobite, triumphal arch, trolleybus, turnstile, umbrella, vestment, viaduct, volleyball, walking stick, water jug,
 water tower, wok, wooden spoon, Yorkshire terrier
-"""
+""".strip().replace('\n', ' ').split(', '))
 
 default_cfgs = generate_default_cfgs({
     'hne_mobilenetv2_075_e8.hcd_tiny_imagenet': _cfg(
         input_size=(3, 80, 80),
-        num_classes=200,
+        num_classes=len(_TINY_IMAGENET),
         pool_size=(3, 3),
         crop_pct=1.0,
         file=packaged('hne_mobilenetv2_075_e8.hcd_tiny_imagenet'),
-        label_names=tuple(_TINY_IMAGENET.strip().replace('\n', ' ').split(', ')),
+        label_names=_TINY_IMAGENET,
     ),
     'hne_mobilenetv2_075_e8.hcd_in1k': _cfg(),
     'hne_mobilenetv2_075_e4.hcd_in1k': _cfg(),
