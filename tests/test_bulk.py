@@ -1,6 +1,8 @@
 """Tables of whole folders: every image has exactly one row, however often the command is interrupted."""
 import csv
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -114,6 +116,15 @@ def test_what_is_killed_while_it_writes_leaves_no_half_part(folder, settings, tm
     check(read(output), folder, settings)
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='names of files are bytes only on Linux')
+def test_names_in_any_encoding(folder, settings, tmp_path):
+    with open(os.fsencode(folder) + b'/bad\xff.png', 'wb') as file:
+        file.write(b'no image')
+    assert predict_folder(folder, tmp_path / 'table.csv', settings) == COUNT + 1
+    row = next(row for row in read(tmp_path / 'table.csv') if row['path'] == r'bad\xff.png')
+    assert r'bad\xff.png cannot be read' in row['error']
+
+
 def test_images_that_came_meanwhile_are_taken(folder, settings, tmp_path):
     output = tmp_path / 'table.csv'
 
@@ -131,12 +142,14 @@ def test_images_that_came_meanwhile_are_taken(folder, settings, tmp_path):
 def test_other_settings_do_not_continue(folder, settings, tmp_path):
     output = tmp_path / 'table.csv'
 
-    def nothing(bulk, files, workers):
+    def some(bulk, files, workers):
+        yield next(local_rows(bulk, files, workers))
         raise KeyboardInterrupt
-        yield
 
+    with pytest.raises(ValueError):  # nothing was done with these, so nothing is bound to them
+        predict_folder(folder, output, Bulk(str(tmp_path / 'none'), 'none'))
     with pytest.raises(KeyboardInterrupt):
-        predict_folder(folder, output, settings, nothing)
+        predict_folder(folder, output, settings, some)
     with pytest.raises(ValueError, match='other settings'):
         predict_folder(folder, output, Bulk(settings.model, 'none', top_k=2))
     assert json.loads((tmp_path / '.table.csv.parts' / 'settings.json').read_text())['top_k'] == 3

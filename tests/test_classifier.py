@@ -3,11 +3,13 @@ import argparse
 import io
 import json
 import threading
+import zlib
 
 import numpy as np
 import pytest
 import timm
 import torch
+from pictures import load_image
 from PIL import Image
 from test_hub import put, results_of, trained_model
 from timm.utils import CheckpointSaver
@@ -15,10 +17,9 @@ from timm.utils import CheckpointSaver
 import timm_hne
 from timm_hne.evaluation.cost import member_macs
 from timm_hne.hub import write_folder
-from timm_hne.images import load_image
 from timm_hne.inference.deploy import export_folder
 from timm_hne.pretrained import PACKAGED
-from timm_hne.serving import Classifier, ExportedEnsemble
+from timm_hne.serving import Classifier, ExportedEnsemble, views
 from timm_hne.serving.classifier import FORMATS, ImageError
 
 NODES = (1, 1, 2, 2, 4)
@@ -161,6 +162,17 @@ def test_anytime_and_early_exit(places, place, images):
         torch.testing.assert_close(logits[i:i + 1], classifier.logits(images[i:i + 1], n), rtol=1e-4, atol=1e-3)
 
 
+def test_an_exported_model_keeps_to_the_threads_of_pytorch(places):
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            runtime = Classifier.open(places['exported']).model.runtime
+            assert {session._threads for _, session in runtime._steps} == {count}
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_an_exported_model_stands_in_for_an_ensemble(places, images):
     exported = ExportedEnsemble.load(places['exported'])
     assert exported(images[:0]).shape == (0, 10)
@@ -230,6 +242,7 @@ def test_a_model_of_one_channel():
     assert Classifier(model, {}).image(noise()).shape == (1, 32, 32)
 
 
+END = bytes(4) + b'IEND'  # begins the last chunk of a PNG
 BROKEN = {
     'empty': b'',
     'text': b'no image',
@@ -241,6 +254,7 @@ BROKEN = {
     'truncated WebP': encode(noise(), 'WEBP')[:500],
     'PostScript': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n',
     'floating point': encode(Image.new('F', (4, 4)), 'TIFF'),
+    'empty profile': encode(noise()).replace(END, b'\0\0\0\0iCCP' + zlib.crc32(b'iCCP').to_bytes(4, 'big') + END),
 }
 
 
@@ -269,7 +283,6 @@ def bomb(width, height):
     """A PNG that says it has so many pixels, with hardly any data."""
     data = bytearray(encode(Image.new('L', (1, 1))))
     data[16:24] = width.to_bytes(4, 'big') + height.to_bytes(4, 'big')
-    import zlib
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, 'big')
     return bytes(data)
 
@@ -322,3 +335,12 @@ def test_many_threads(classifier, images):
     for thread in threads:
         thread.join()
     assert found == dict.fromkeys(range(8), True)
+
+
+@pytest.mark.parametrize('place, which', [
+    ('published', 'local-dir:{}'), ('checkpoint', '--checkpoint {}'), ('run', '--checkpoint {}/last.pth.tar'),
+])
+def test_the_page_says_how_to_evaluate_what_it_shows(classifier, places, place, which):
+    name = str(places[place])
+    assert f'`timm-hne eval {which.format(name)} --output' in views.no_evaluation(name, classifier)
+    assert '`timm-hne eval hne_resnet50_c8 --output' in views.no_evaluation('hne_resnet50_c8', classifier)

@@ -153,6 +153,8 @@ def test_bfloat16():
     fast = optimize_for_inference(model, engine='openvino', dtype=torch.bfloat16)
     assert next(fast.parameters()).dtype == torch.bfloat16
     assert_like(fast(x), model(x), 5e-2)
+    assert next(fast.parameters()).dtype == torch.bfloat16  # also now that its programs, of float32, are made
+    assert fast.forward_features(x).dtype == torch.bfloat16
 
 
 # The choice.

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from pictures import load_image
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_loader
@@ -24,7 +25,6 @@ from timm_hne.__main__ import main
 from timm_hne.cli import evaluate as command
 from timm_hne.evaluation.cost import member_macs
 from timm_hne.evaluation.evaluate import evaluate, to_markdown
-from timm_hne.images import load_image
 from timm_hne.models.hne_resnet import HNEResNet
 from timm_hne.pretrained import state_digest
 from timm_hne.training.checkpoint import RunCheckpoint, load_checkpoint

@@ -21,6 +21,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 
 import timm_hne.pretrained
 from timm_hne.hub import write_folder
+from timm_hne.models import create_ensemble
 from timm_hne.pretrained import DigestError, packaged, state_digest
 
 NODES = (1, 1, 2, 4, 8)
@@ -741,3 +742,19 @@ for _ in range(2):
     total = sum(tensor.double().sum().item() for tensor in load().state_dict().values())
     assert done.stdout.split() == [str(total)] * 8, done.stderr
     assert re.search(r'model\.safetensors: 100%', done.stderr), 'no progress bar'
+
+
+def test_a_repository_with_another_model_is_refused_before_its_weights_are_fetched(hub, monkeypatch, tmp_path):
+    config = json.dumps(dict(architecture='resnet18', num_classes=3, pretrained_cfg={})).encode()
+    files = {'config.json': config, 'pytorch_model.bin': pickle.dumps(dict(weight=1))}
+    hub.add('alice/other', files)
+    monkeypatch.setattr(timm, 'create_model', None)
+    with pytest.raises(ValueError, match=r"model must be a hierarchical ensemble, .* got 'hf-hub:alice/other'"):
+        create_ensemble('hf-hub:alice/other', pretrained=True)
+    assert any('config.json' in request for request in hub.log)
+    assert not any('pytorch_model' in request for request in hub.log)
+    (tmp_path / 'other').mkdir()
+    for name, data in files.items():
+        (tmp_path / 'other' / name).write_bytes(data)
+    with pytest.raises(ValueError, match='hierarchical ensemble'):
+        create_ensemble(f'local-dir:{tmp_path / "other"}', pretrained=True)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from pictures import load_image
 from PIL import Image
 from test_hub import results_of, trained_model
 from timm.utils import CheckpointSaver
 
 from timm_hne.__main__ import main
 from timm_hne.hub import write_folder
-from timm_hne.images import load_image
 from timm_hne.models import anytime as anytime_module
 from timm_hne.pretrained import read_results
 

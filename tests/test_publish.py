@@ -175,7 +175,7 @@ def test_names_of_classes_go_with_the_weights(alice, model):
 
 def test_the_default_member_count_is_not_published(alice):
     """It would be out of range for a prefix of the tree."""
-    send(trained_model(nodes=NODES, num_members=8), dry_run=True)
+    send(trained_model(nodes=NODES, num_members=4), dry_run=True)
     assert timm.create_model('local-dir:net', pretrained=True, nodes=(1, 1, 1, 1, 2)).num_members == 2
 
 

@@ -1,4 +1,5 @@
 """Opening image files and converting them, for training, evaluation and prediction alike."""
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from os import PathLike
@@ -6,16 +7,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
-import torch.nn as nn
 from PIL import Image, ImageOps
-from timm.data import create_transform, resolve_model_data_config
 from timm.data.readers.img_extensions import is_img_extension
 
-__all__ = ['UNREADABLE', 'convert_image', 'find_images', 'load_image', 'open_image']
+__all__ = ['UNREADABLE', 'convert_image', 'find_images', 'open_image']
 
 # What Pillow's decoders raise on broken files, and `convert_image` on images that nothing says how to show.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, RuntimeError, struct.error, Image.DecompressionBombError)
 
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
@@ -57,7 +56,7 @@ def open_image(
         formats: Formats that are tried, in Pillow's names; all if None.
 
     Raises:
-        OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError: It cannot be read, see `UNREADABLE`.
+        OSError, and all others of `UNREADABLE`: It cannot be read.
     """
     with Image.open(file, formats=formats) as image:
         if check is not None:
@@ -75,26 +74,3 @@ def find_images(folder: str | PathLike) -> list[Path]:
     if not files:
         raise OSError(f'folder {folder} holds no images.')
     return files
-
-
-def load_image(path: str | PathLike, model: nn.Module) -> torch.Tensor:
-    """Read an image, turn it upright, and prepare it as the configuration of a model says.
-
-    Args:
-        path: File in any format that Pillow reads, with 8 or 16 bits a channel.
-        model: Model that timm's `create_model` has built.
-
-    Returns:
-        Normalised image (1, C, H, W).
-
-    Raises:
-        OSError: The file is missing, or no image.
-        TypeError: The model does not tell how many channels its images have.
-    """
-    if not hasattr(model, 'in_chans'):
-        raise TypeError(f'model must be an hne_* model made by timm.create_model, got {type(model).__name__}.')
-    try:
-        image = open_image(path, 'L' if model.in_chans == 1 else 'RGB')
-    except UNREADABLE as error:
-        raise OSError(f'image {path} cannot be read: {error}') from error
-    return create_transform(**resolve_model_data_config(model))(image).unsqueeze(0)

@@ -99,8 +99,8 @@ def read_results(source: str, model: torch.nn.Module) -> dict[str, Any] | None:
         model: The model with its weights.
     """
     try:
-        if source.startswith('hf-hub:'):
-            data = _fetch(source.removeprefix('hf-hub:'), (RESULTS_NAME,), None)[RESULTS_NAME]
+        if source.lower().startswith(('hf-hub:', 'hf_hub:')):  # as timm's create_model takes it
+            data = _fetch(source.partition(':')[2], (RESULTS_NAME,), None)[RESULTS_NAME]
         elif (path := Path(source.removeprefix('local-dir:'))).exists():
             folder = path if path.is_dir() else path.parent
             data = (folder / RESULTS_NAME).read_bytes()

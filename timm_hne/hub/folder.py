@@ -84,7 +84,7 @@ def write_folder(
     stored = copy.deepcopy(model).to('cpu', DTYPES[dtype], memory_format=torch.contiguous_format)
     bad = [name for name, tensor in stored.state_dict().items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise ValueError(f'The weights are not finite in {dtype}: {", ".join(bad[:3])} and {len(bad) - 1} in all.')
+        raise ValueError(f'The weights are not finite in {dtype}: {", ".join(bad[:3])} ({len(bad)} in all).')
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / DIGESTS_NAME).exists():
         raise ValueError(f'folder must be new or one that was written before, but {folder} holds something else.')
@@ -236,7 +236,7 @@ def _check_loads(folder: Path, stored: HierarchicalEnsemble) -> None:
         raise ValueError(f'model cannot be published, timm cannot build it from its config.json: {error}') from error
     size = loaded.pretrained_cfg['input_size']
     image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
-    expected = stored.float().eval()(image)
+    expected = stored.float().eval()(image, stored.ensemble_size)
     error = (loaded(image) - expected).abs().max().item()
     if not error <= TOLERANCE * expected.abs().max().item():
         raise ValueError(

@@ -12,8 +12,7 @@ from ..models.anytime import check_images, check_ready, stepper, validate_schedu
 from ..models.ensemble import HierarchicalEnsemble
 from ..models.frontier import first_frontier
 from ..prefix import prefix_means
-
-CRITERIA = ('confidence', 'margin', 'entropy', 'agreement')
+from ..runtime import CRITERIA
 
 
 def _highest(criterion: str, num_classes: int) -> float:

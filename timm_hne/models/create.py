@@ -1,5 +1,7 @@
 """Creating a model by its name, and being told clearly if it is no hierarchical ensemble."""
 import timm
+from timm.models import load_model_config_from_hf, parse_model_name
+from timm.models._hub import load_model_config_from_path
 
 from .ensemble import HierarchicalEnsemble
 
@@ -21,11 +23,20 @@ def check_ensemble(model: object) -> HierarchicalEnsemble:
 def create_ensemble(name: str, **kwargs) -> HierarchicalEnsemble:
     """Create a model by timm's `create_model` and make sure that it is a hierarchical ensemble.
 
+    Args:
+        name: As timm takes it: of a registered model, or 'hf-hub:user/name', or 'local-dir:folder'.
+        **kwargs: Further arguments of `create_model`.
+
     Raises:
         ValueError: It is none.
     """
-    # timm's own models are refused before their weights are fetched.
-    is_timms = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm.')
+    # timm's own models, which timm may unpickle, are refused before their weights are fetched.
+    source, architecture = parse_model_name(name)
+    if source == 'hf-hub':
+        _, architecture, _ = load_model_config_from_hf(architecture, cache_dir=kwargs.get('cache_dir'))
+    elif source == 'local-dir':
+        _, architecture, _ = load_model_config_from_path(architecture)
+    is_timms = timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith('timm.')
     model = None if is_timms else timm.create_model(name, **kwargs)
     if not isinstance(model, HierarchicalEnsemble):
         raise ValueError(f'model must be a hierarchical ensemble, such as {timm.list_models("hne_*")}, got {name!r}.')

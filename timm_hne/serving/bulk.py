@@ -73,7 +73,7 @@ class Predictor:
         try:
             return self.classifier.image(path)
         except (OSError, ValueError) as error:
-            return ' '.join(str(error).split())
+            return _text(' '.join(str(error).split()))
 
     def rows(self, names: Sequence[str], images: Sequence[torch.Tensor | str]) -> list[Row]:
         """Return a row for each image, also for those that cannot be read."""
@@ -169,13 +169,12 @@ class Table:
         if self.path.suffix == '.parquet':
             importlib.import_module('pyarrow.parquet')  # an ImportError now, not after hours
         self.parts = self.path.with_name(f'.{self.path.name}.parts')
-        text = json.dumps(settings, indent=2, sort_keys=True) + '\n'
+        self._settings = json.dumps(settings, indent=2, sort_keys=True) + '\n'
         known = self.parts / SETTINGS
-        if known.exists() and known.read_text(encoding='utf-8') != text:
+        if self._files() and known.exists() and known.read_text(encoding='utf-8') != self._settings:
             raise ValueError(
                 f'output was begun with other settings, see {known}; repeat them, or remove that folder to begin anew.')
-        if not known.exists():
-            write_text(known, text)
+        self.parts.mkdir(parents=True, exist_ok=True)
 
     def _files(self) -> list[Path]:
         return sorted(self.parts.glob(f'part-*{self.path.suffix}'))
@@ -187,6 +186,8 @@ class Table:
     def append(self, rows: Sequence[Row]) -> None:
         """Write a part."""
         files = self._files()
+        if not files:
+            write_text(self.parts / SETTINGS, self._settings)
         number = int(files[-1].stem.rpartition('-')[2]) + 1 if files else 0
         write_file(
             self.parts / f'part-{number:08d}{self.path.suffix}', lambda temporary: _write_rows(temporary, rows))
@@ -297,6 +298,6 @@ def _fill(table: Table, files: dict[str, str], bulk: Bulk, rows_of, workers, par
     return len(done) + len(left)
 
 
-def _text(path: Path) -> str:
-    """Return a path as text, whatever its bytes are."""
+def _text(path: str | Path) -> str:
+    """Return a path, or a sentence with one in it, as text that any table can hold, whatever the bytes are."""
     return os.fsencode(path).decode('utf-8', 'backslashreplace')

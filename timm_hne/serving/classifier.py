@@ -65,7 +65,7 @@ def _open_model(name: str, **kwargs) -> HierarchicalEnsemble | ExportedEnsemble:
     if (path / MANIFEST).is_file():
         if kwargs:
             raise ValueError(f'an exported model takes no further arguments, got {", ".join(kwargs)}.')
-        return ExportedEnsemble.load(path)
+        return ExportedEnsemble.load(path, torch.get_num_threads())
     return create_ensemble(f'local-dir:{path}' if path.is_dir() else name, pretrained=True, **kwargs).eval()
 
 

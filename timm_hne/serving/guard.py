@@ -95,10 +95,11 @@ class BodyGuard:
             except asyncio.TimeoutError:
                 raise Refused(
                     408, f'the body did not arrive within {self.timeout:.3g} seconds.', 'slow_body') from None
+            body = bytes(body)  # the one that grew is let go: bodies are in memory once
             if complete:
                 if all(name != RECEIVED for name, _ in headers):  # no guard before this one has said so
                     headers.append((RECEIVED, repr(time.time()).encode()))
-                await self._hand_on(scope, _Exchange(bytes(body), receive, send))
+                await self._hand_on(scope, _Exchange(body, receive, send))
         except Refused as error:
             await self._refuse(send, error)
         finally:

@@ -1,5 +1,6 @@
 """The HTTP side of the service, as an ASGI application; it knows nothing of Ray."""
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,15 @@ def _number(name: str, text: str, kind: type) -> Any:
     except ValueError:
         what = 'an integer' if kind is int else 'a number'
         raise ValueError(f'{name} must be {what}, got {text[:40]!r}.') from None
+
+
+def _age(received: str) -> float:
+    """Return the seconds that a request has spent in queues, by a guard's stamp; 0 if no guard has written it."""
+    try:
+        age = time.time() - float(received)
+    except ValueError:
+        return 0.
+    return max(0., age) if math.isfinite(age) else 0.
 
 
 def read_options(query: list[tuple[str, str]], ensemble_size: int, num_classes: int) -> dict[str, Any]:
@@ -80,8 +90,7 @@ class Application:
 
     async def predict(self, request: Request) -> Response:
         """Classify the image in the body."""
-        # What it took until now, in queues of whoever handed it on.
-        begin = time.perf_counter() - max(0., time.time() - float(request.headers[RECEIVED.decode()]))
+        begin = time.perf_counter() - _age(request.headers[RECEIVED.decode()])
         try:
             answer = await self._answer(request, begin)
         except Refused as error:

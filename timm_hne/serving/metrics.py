@@ -71,7 +71,7 @@ class Metrics(Refusals):
             pid = int(path.stem.rpartition('_')[2])
             try:
                 os.kill(pid, 0)
-            except ProcessLookupError:  # it was killed, so it could not say so
+            except (ProcessLookupError, PermissionError):  # killed before it could say so; its number may be another's
                 mark_process_dead(pid, folder)
         shared = CollectorRegistry()
         MultiProcessCollector(shared, folder)

@@ -149,7 +149,6 @@ class Page:
             votes=int((members[0].argmax(dim=-1) == logits.argmax()).sum()),
             entropy=predictive_entropy(members).item(),
             disagreement=mutual_information(members).item(),
-            num_classes=self.classifier.num_classes,
         )
         usual = self.classifier.usual_confidence(num_members)
         unsure = views.unsure(usual, self.classifier.class_names) if top[0].probability < usual else ''

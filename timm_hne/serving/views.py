@@ -1,8 +1,10 @@
 """What the page shows, as HTML. Every text of a model is escaped: whoever publishes one chooses them."""
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
+from ..training.checkpoint import CheckpointWriter
 from .classifier import Classifier, Label
 from .exported import ExportedEnsemble
 
@@ -43,7 +45,6 @@ class Facts(NamedTuple):
         votes: Number of members whose first class is that of the ensemble.
         entropy: Predictive entropy in nats.
         disagreement: Mutual information in nats.
-        num_classes: Number of classes.
     """
     num_members: int
     ensemble_size: int
@@ -53,7 +54,6 @@ class Facts(NamedTuple):
     votes: int
     entropy: float
     disagreement: float
-    num_classes: int
 
 
 class Step(NamedTuple):
@@ -140,9 +140,13 @@ def no_evaluation(name: str, classifier: Classifier) -> str:
         return text(
             'An exported folder holds no evaluation. Open the checkpoint or published folder that it was made of to '
             'see accuracy against MACs.')
+    path = Path(name)
+    if (path / CheckpointWriter.LAST).is_file():
+        path /= CheckpointWriter.LAST
+    which = f'--checkpoint {path}' if path.is_file() else f'local-dir:{path}' if path.is_dir() else name
     return text(
-        f'The accuracy of these weights is not known. Measure it with `timm-hne eval {name} --output evaluation.json`, '
-        'naming your data, and put the file beside the weights.')
+        'The accuracy of these weights is not known. Measure it with '
+        f'`timm-hne eval {which} --output evaluation.json`, naming your data, and put the file beside the weights.')
 
 
 def budget(

@@ -1,4 +1,5 @@
 """Engines that run the steps as ONNX programs: ONNX Runtime and OpenVINO."""
+import copy
 import importlib.util
 import threading
 from abc import abstractmethod
@@ -99,7 +100,8 @@ class OpenVINO(ProgramEngine):
     def __init__(self, model: HierarchicalEnsemble, store: ProgramStore | None = None):
         # By itself OpenVINO would compute in bfloat16 wherever the processor can.
         self._precision = {torch.float32: 'f32', torch.bfloat16: 'bf16'}[next(model.parameters()).dtype]
-        super().__init__(model.float(), store)
+        # Programs are of float32 always; the model itself stays as it is, others use it.
+        super().__init__(model if self._precision == 'f32' else copy.deepcopy(model).float(), store)
 
     def load(self, program: Program) -> Runner:
         import openvino
