@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 import sys
@@ -14,11 +15,14 @@ def plot():
     return SimpleNamespace(**vars(figures), main=lambda arguments: main(['plot', *arguments]))
 
 
+_COUNT = itertools.count()  # every run has weights of its own
+
+
 def make_run(objective='independent', alpha=None, nodes=(1, 2, 4, 8, 16), data='cifar10', shift=0., **kwargs):
     size = nodes[-1]
     return {
         'model': 'hne_resnet50_c8', 'nodes': list(nodes), 'data': data, 'split': 'test', 'num_images': 10,
-        'objective': objective, 'alpha': alpha, 'epochs': 3, 'seed': 0,
+        'objective': objective, 'alpha': alpha, 'epochs': 3, 'seed': 0, 'weights_sha256': f'{next(_COUNT):064x}',
         'members': [
             {'num_members': n, 'top1': 80 + n / 4 + shift, 'logit_std': n / 8, 'macs': 10 ** 6 * (10 + n)}
             for n in range(1, size + 1)

@@ -2,7 +2,7 @@
 import argparse
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class _Data:
     train_split: str = 'train'
     val_fraction: float = 0.
     seed: int = 0
+    unreadable: str = 'error'
 
     @classmethod
     def choose(cls, args: argparse.Namespace, trained: Mapping[str, Any]) -> '_Data':
@@ -47,23 +48,48 @@ class _Data:
         name = args.dataset if args.dataset is not None else '' if other else trained.get('dataset') or ''
         if name != (trained.get('dataset') or ''):
             trained = {}
+        unreadable = trained.get('unreadable') or cls.unreadable
         root = args.data_dir or trained.get('data_dir') or trained.get('data')
         if args.split is None and trained.get('val_fraction'):
             train_split, val_fraction, seed = (trained[key] for key in ('train_split', 'val_fraction', 'seed'))
-            return cls(name, root, f'{train_split}, held out {val_fraction}', train_split, val_fraction, seed)
-        return cls(name, root, args.split or trained.get('val_split') or 'validation')
+            return cls(
+                name, root, f'{train_split}, held out {val_fraction}', train_split, val_fraction, seed, unreadable)
+        return cls(name, root, args.split or trained.get('val_split') or 'validation', unreadable=unreadable)
 
-    def open(self, in_chans: int) -> Dataset:
+    def open(self, in_chans: int, class_map: dict[str, int] | None = None) -> Dataset:
         if not self.val_fraction:
-            return open_dataset(self.name, self.root, self.split, in_chans)
+            dataset = open_dataset(self.name, self.root, self.split, in_chans, class_map)
+            if isinstance(dataset, IterableDataset):
+                return dataset
+            return ImageSubset(dataset, None, self.unreadable, training=False)
         _, held_out, _ = create_datasets(
-            self.name, self.root, self.train_split, '', self.val_fraction, in_chans=in_chans, seed=self.seed)
+            self.name, self.root, self.train_split, '', self.val_fraction, unreadable=self.unreadable,
+            in_chans=in_chans, seed=self.seed)
         return held_out
+
+
+class _Readable:
+    """The batches of a loader without the images that could not be read, whose label is -1."""
+
+    def __init__(self, loader: Iterable):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, target in self.loader:
+            readable = target >= 0
+            yield images[readable], target[readable]
 
 
 def _open_images(data: _Data, model: HierarchicalEnsemble, label_names: Sequence[str] | None) -> Dataset:
     dataset = data.open(model.in_chans)
     names = class_names_of(getattr(dataset, 'source', dataset))
+    if names and label_names and len(names) < len(label_names) and set(names) < set(label_names):
+        # A split may lack images of some classes.
+        dataset = data.open(model.in_chans, {name: label for label, name in enumerate(label_names)})
+        names = class_names_of(getattr(dataset, 'source', dataset))
     if names and len(names) != model.num_classes:
         raise ValueError(
             f'the model has {model.num_classes} classes, the split {data.split!r} of {data.name or data.root} has '
@@ -72,9 +98,7 @@ def _open_images(data: _Data, model: HierarchicalEnsemble, label_names: Sequence
         _logger.warning(
             f'the model was trained on classes named {", ".join(label_names[:10])}, those of the data are '
             f'{", ".join(names[:10])}: they count as the same, in this order.')
-    if isinstance(dataset, (ImageSubset, IterableDataset)):
-        return dataset
-    return ImageSubset(dataset, None, 'error', training=False)
+    return dataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +181,11 @@ def run(args: argparse.Namespace) -> None:
     model = model.to(device, memory_format=torch.channels_last)
     if device.type == 'cpu':
         keep_freed_memory()
+    if data.unreadable == 'skip':
+        loader = _Readable(loader)
     measured = evaluate(model, loader, torch.bfloat16 if args.amp else None, progress=True)
+    if isinstance(dataset, ImageSubset) and (files := dataset.bad_files()):
+        _logger.warning(f'{len(files)} unreadable images skipped, as in training: {", ".join(files[:10])}')
 
     objective = config.get('objective') or config.get('hne_objective')
     distilled = objective is not None and 'codistillation' in objective

@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError('only one of --checkpoint and --pretrained may be given.')
     else:
         checkpoint = RunCheckpoint.read(args.checkpoint)
-        model, data_config = checkpoint.create_model(args.name), checkpoint.data_config
-        for key, value in kwargs.items():
+        sizes = {key: kwargs.pop(key) for key in ('nodes', 'num_classes', 'in_chans') if key in kwargs}
+        model, data_config = checkpoint.create_model(args.name, **kwargs), checkpoint.data_config
+        for key, value in sizes.items():
             found = getattr(model, key)
             if found != (tuple(value) if key == 'nodes' else value):
                 raise ValueError(f'{key} must be that of the checkpoint, {found}, or left out, got {value}.')

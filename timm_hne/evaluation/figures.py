@@ -73,10 +73,11 @@ def check_run(run: Run) -> None:
 
 def average_seeds(runs: list[Run]) -> list[Run]:
     """Return the mean of every group of runs that differ in nothing but their seed; `seed` becomes all of theirs."""
+    own = ('seed', 'weights_sha256', 'members', 'member_top1')
     groups: list[list[Run]] = []
 
     def setting(run: Run) -> Run:
-        return {key: value for key, value in run.items() if key not in ('seed', 'members', 'member_top1')}
+        return {key: value for key, value in run.items() if key not in own}
 
     for run in runs:
         for group in groups:

@@ -21,6 +21,7 @@ from ..models.create import create_ensemble
 from ..models.ensemble import HierarchicalEnsemble
 from ..models.weights import NOISE, load_grown, read_sizes
 from .recipe import TrainConfig, image_preparation, in_phase, so_far
+from .summary import Summary
 
 __all__ = ['FREE_KEYS', 'CheckpointWriter', 'RunCheckpoint', 'load_checkpoint', 'recipe_of']
 
@@ -32,6 +33,9 @@ FREE_KEYS = (
     'progress',
 )
 
+# What a checkpoint holds besides, and files of the machine in our names or timm's.
+_NOT_IN_RECIPES = ('label_names', 'world_size', 'initial_checkpoint', 'data', 'output')
+
 # What a run knows about its images, in the names of timm's `resolve_data_config`.
 _DATA_KEYS = ('img_size', 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
 
@@ -42,7 +46,7 @@ def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return how a checkpoint was trained, from the arguments it holds: what was computed, and no path of a machine."""
     return {
         key: value for key, value in config.items()
-        if key not in (*FREE_KEYS, 'label_names') and not os.path.isabs(str(value))
+        if key not in (*FREE_KEYS, *_NOT_IN_RECIPES) and not os.path.isabs(str(value))
     }
 
 
@@ -96,12 +100,12 @@ class RunCheckpoint:
         """Return the newest undamaged checkpoint of the run in a folder, or None if it has none.
 
         Raises:
-            FileExistsError: There are checkpoints, but nobody asked to `resume`.
+            FileExistsError: There are checkpoints, or the log of a run, but nobody asked to `resume`.
             RuntimeError: There are checkpoints, but all are damaged.
         """
         # What timm's saver leaves under its temporary name, if it is killed, is no checkpoint yet.
         files = sorted(path for path in folder.glob('*.pth.tar') if path.name != _UNFINISHED)
-        if files and not resume:
+        if (files or (folder / Summary.NAME).exists()) and not resume:
             raise FileExistsError(
                 f'output_dir {folder} holds a run already; continue it with resume, or choose another.')
         found = []
@@ -262,7 +266,7 @@ class RunCheckpoint:
             raise ValueError(f'{self.argument} {self.path} is not one of {name}: {reason}{recorded}') from error
         return model
 
-    def check_same_run(self, config: TrainConfig, label_names: list[str] | None = None) -> None:
+    def check_same_run(self, config: TrainConfig, label_names: list[str] | None = None, world_size: int = 1) -> None:
         """Check that the run can be continued by a configuration, with data of these classes if they are known.
 
         Phases that have not begun may be others, and a phase whose learning rate is constant may end sooner or later.
@@ -287,6 +291,10 @@ class RunCheckpoint:
             raise ValueError(
                 f'the run in {folder} cannot be continued with other classes, its own were '
                 f'{", ".join(before["label_names"][:10])}, those of the data are {", ".join(label_names[:10])}.')
+        if before.get('world_size', world_size) != world_size:
+            raise ValueError(
+                f'the run in {folder} cannot be continued by {world_size} process(es), it has {before["world_size"]}, '
+                f'each with batch_size {config.batch_size}: torchrun --nproc-per-node {before["world_size"]} ...')
         if not config.in_memory and before['num_workers'] != config.num_workers:
             _logger.warning(
                 f'num_workers was {before["num_workers"]} and is {config.num_workers}: images are augmented '
@@ -313,6 +321,7 @@ class CheckpointWriter:
         config: Configuration of the run.
         label_names: Names of the classes, if the data tell.
         resumed: The checkpoint that the run goes on from, if any.
+        world_size: Number of processes of the run.
     """
     LAST = 'last.pth.tar'
 
@@ -326,13 +335,14 @@ class CheckpointWriter:
             config: TrainConfig,
             label_names: list[str] | None,
             resumed: RunCheckpoint | None,
+            world_size: int = 1,
     ):
         self.folder = folder
         self.last = folder / self.LAST
         self._saver = CheckpointSaver(
             model,
             optimizer,
-            args=argparse.Namespace(**asdict(config), label_names=label_names),
+            args=argparse.Namespace(**asdict(config), label_names=label_names, world_size=world_size),
             amp_scaler=scaler,
             checkpoint_dir=str(folder),
             recovery_dir=str(folder),

@@ -12,8 +12,9 @@ from ..models.weights import load_grown
 from .checkpoint import RunCheckpoint
 from .datasets import create_datasets
 from .recipe import TrainConfig, image_preparation
+from .trackers import BestCheckpoint
 
-__all__ = ['create_trained_model', 'open_data']
+__all__ = ['check_phases', 'create_trained_model', 'open_data']
 
 
 def open_data(config: TrainConfig) -> tuple[Dataset, Dataset, list[str] | None, int]:
@@ -64,10 +65,33 @@ def _check_streamed(config: TrainConfig) -> None:
                 f'got {getattr(config, name)}.')
 
 
+def check_phases(config: TrainConfig, num_classes: int) -> None:
+    """Refuse phases that cannot follow each other, which would else be found out when the ones before are trained.
+
+    Args:
+        config: Configuration of a run.
+        num_classes: Number of classes of the data.
+
+    Raises:
+        ValueError: The tree of a phase cannot grow out of the one before, or the last has no `best_members`.
+    """
+    before = None
+    for _, part in config.split():
+        model = create_model(
+            part.model, num_classes=num_classes, in_chans=part.in_chans, device='meta', **part.model_kwargs)
+        if not isinstance(model, HierarchicalEnsemble):
+            return  # which is said when it is created
+        if before is not None:
+            load_grown(model, before.state_dict(), part.grow_noise)
+        before = model
+    BestCheckpoint(config.best_members, {}).check(before.ensemble_size)
+
+
 def create_trained_model(
         config: TrainConfig,
         num_classes: int,
         weights: Mapping[str, torch.Tensor] | None = None,
+        resumed: bool = False,
 ) -> tuple[HierarchicalEnsemble, TrainConfig]:
     """Create the model, and complete the configuration by what follows from it.
 
@@ -75,13 +99,14 @@ def create_trained_model(
         config: Configuration of the run, or of a phase of it.
         num_classes: Number of classes of the data.
         weights: Weights of the same tree or a smaller one to start from, those of the phase before.
+        resumed: Load no weights to start from, a checkpoint of the run has its own.
     """
     overlay = {name: getattr(config, name) for name in ('mean', 'std') if getattr(config, name) is not None}
     if config.img_size is not None:
         overlay['input_size'] = (config.in_chans, config.img_size, config.img_size)
     model = create_model(
         config.model,
-        pretrained=config.pretrained and weights is None,
+        pretrained=config.pretrained and weights is None and not resumed,
         num_classes=num_classes,
         in_chans=config.in_chans,
         pretrained_cfg_overlay=overlay,
@@ -93,9 +118,9 @@ def create_trained_model(
             f'{type(model).__name__}. Other models are trained by timm\'s own train.py.')
     if weights is not None:
         load_grown(model, weights, config.grow_noise)
-    elif config.initial_checkpoint:
+    elif config.initial_checkpoint and not resumed:
         RunCheckpoint.read(config.initial_checkpoint, 'initial_checkpoint').load_into(model, config.grow_noise)
-    data_config = resolve_data_config({'in_chans': config.in_chans}, model=model)
+    data_config = resolve_data_config({'in_chans': config.in_chans, 'crop_pct': config.crop_pct}, model=model)
     for name in ('mean', 'std'):
         if len(data_config[name]) != config.in_chans:
             raise ValueError(f'{name} must have {config.in_chans} value(s), as in_chans, got {data_config[name]}.')

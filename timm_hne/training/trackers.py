@@ -98,12 +98,14 @@ class BestCheckpoint:
     Args:
         num_members: Number of members n, one of those that are evaluated after each epoch; none is kept if None.
         rows: The rows of the run's CSV file so far, by their epochs.
+        kept: Epoch of the file that is there already, if there is one.
     """
     NAME = 'model_best.pth.tar'
 
-    def __init__(self, num_members: int | None, rows: Mapping[int, Mapping[str, Any]]):
+    def __init__(self, num_members: int | None, rows: Mapping[int, Mapping[str, Any]], kept: int | None = None):
         self.key = None if num_members is None else f'eval_top1_{num_members}'
         self.rows = rows
+        self.kept = kept
 
     def check(self, ensemble_size: int) -> None:
         """Raise a ValueError if no ensemble of so many members is evaluated."""
@@ -113,14 +115,15 @@ class BestCheckpoint:
                 f'got {self.key.rpartition("_")[2]}.')
 
     def save(self, epoch: int, last: Path) -> None:
-        """Copy the checkpoint that was just written if its epoch is the best so far.
+        """Copy the checkpoint that was just written unless the one that is kept is better.
 
         Args:
             epoch: Its epoch, of which `rows` has the row.
             last: The checkpoint.
         """
         accuracies = {e: float(row[self.key]) for e, row in self.rows.items() if row.get(self.key) not in (None, '')}
-        if epoch in accuracies and accuracies[epoch] == max(accuracies.values()):
+        if epoch in accuracies and accuracies[epoch] >= accuracies.get(self.kept, 0.):
             temporary = last.with_name(f'{self.NAME}.tmp')
             shutil.copyfile(last, temporary)
             os.replace(temporary, last.with_name(self.NAME))
+            self.kept = epoch

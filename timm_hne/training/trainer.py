@@ -33,7 +33,7 @@ from .epoch_losses import EpochLosses, NonFiniteLossError
 from .loader import create_image_loader, seed_epoch
 from .recipe import TrainConfig
 from .scheduler import create_scheduler
-from .setup import create_trained_model, open_data
+from .setup import check_phases, create_trained_model, open_data
 from .summary import Summary
 from .task import HNETask
 from .trackers import BestCheckpoint
@@ -115,7 +115,14 @@ def _train_phases(config: TrainConfig, device: torch.device, rank: int, world_si
     """Train the phases of a run, each from the weights that the one before it has left."""
     checkpoint = RunCheckpoint.newest(Path(config.output_dir), config.resume)
     random_seed(config.seed)
+    waits = config.download and world_size > 1  # for the first process to fetch the files
+    if waits and rank:
+        dist.barrier()
     data = open_data(config)
+    if waits and not rank:
+        dist.barrier()
+    if config.phases:
+        check_phases(config, data[-1])
     result, history = None, []
     parts = config.split()
     for (start, part), (following, _) in itertools.zip_longest(parts, parts[1:], fillvalue=(math.inf, None)):
@@ -124,10 +131,18 @@ def _train_phases(config: TrainConfig, device: torch.device, rank: int, world_si
         if start:
             random_seed(config.seed)  # the phase before may have run in this process or in an earlier one
         weights = None if result is None else result.model.state_dict()
-        phase = _Phase(config, start, part, data, checkpoint, weights, device, rank, world_size)
-        result = phase.run(history)
+        # Nothing keeps the phase before, and with it the images in memory, but its result.
+        result = _Phase(config, start, part, data, checkpoint, weights, device, rank, world_size).run(history)
         checkpoint = None
     return result
+
+
+def _epoch_of(path: Path) -> int | None:
+    """Return the epoch of a checkpoint, None if it is not there or damaged."""
+    try:
+        return RunCheckpoint.read(path).epoch
+    except (OSError, ValueError):
+        return None
 
 
 class _Phase:
@@ -149,14 +164,14 @@ class _Phase:
         self.output_dir = Path(config.output_dir)
         train_set, val_set, label_names, num_classes = data
         resize = config.img_size is not None
-        model, config = create_trained_model(config, num_classes, weights)
+        model, config = create_trained_model(config, num_classes, weights, checkpoint is not None)
         self.config = config
         self.first_epoch, self.num_epochs = start, whole.epochs
         # Checkpoints hold the recipe of the whole run, with what follows from the model.
         known = ['num_classes', 'crop_pct', 'mean', 'std', *([] if resize else ['img_size'])]
         recorded = replace(whole, **{name: getattr(config, name) for name in known})
         if checkpoint is not None:
-            checkpoint.check_same_run(recorded, label_names)
+            checkpoint.check_same_run(recorded, label_names, world_size)
         if config.sync_bn:
             model = convert_sync_batchnorm(model)
         self.model = model.to(device, memory_format=torch.channels_last if config.channels_last else None)
@@ -214,9 +229,13 @@ class _Phase:
         self.writer = self.summary = None
         if rank == 0:
             self.writer = CheckpointWriter(
-                self.output_dir, model, self.task, self.optimizer, self.scaler, recorded, label_names, checkpoint)
+                self.output_dir, model, self.task, self.optimizer, self.scaler, recorded, label_names, checkpoint,
+                world_size)
             self.summary = Summary(self.output_dir, self.start_epoch, whole.log, recipe_of(asdict(whole)))
-            self.best = BestCheckpoint(whole.best_members, self.summary.rows)
+            self.best = BestCheckpoint(
+                whole.best_members, self.summary.rows, _epoch_of(self.output_dir / BestCheckpoint.NAME))
+            if checkpoint is not None:  # which may have been written, and not yet kept, when the run was interrupted
+                self.best.save(self.start_epoch - 1, checkpoint.path)
             if start + config.epochs == whole.epochs:  # a tree that grows has more members later
                 self.best.check(self.model.ensemble_size)
 

@@ -1,0 +1,141 @@
+"""What a run refuses before its first epoch, what it needs to go on, and what it keeps."""
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_trainer import data_dir, make_images, options, rows  # noqa: F401
+
+from timm_hne.__main__ import main
+from timm_hne.training import TrainConfig, train, trainer
+from timm_hne.training.checkpoint import RunCheckpoint, recipe_of
+from timm_hne.training.trackers import BestCheckpoint
+
+
+def test_the_part_of_the_image_that_is_evaluated_can_be_chosen(options):  # noqa: F811
+    for chosen, found in ((0.5, 0.5), (None, 1.)):  # the model's own
+        folder = f'{options["output_dir"]}{chosen}'
+        result = train(TrainConfig(
+            **{**options, 'in_memory': False, 'epochs': 1, 'crop_pct': chosen, 'output_dir': folder}))
+        assert RunCheckpoint.read(result.checkpoint).data_config['crop_pct'] == found
+
+
+def test_a_run_goes_on_without_what_it_started_from(options, tmp_path):  # noqa: F811
+    start = train(TrainConfig(**{**options, 'epochs': 1, 'output_dir': str(tmp_path / 'start')})).checkpoint
+    changed = {**options, 'epochs': 1, 'initial_checkpoint': str(start)}
+    first = train(TrainConfig(**changed))
+    start.unlink()
+    again = train(TrainConfig(**changed, resume=True))
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+def test_a_run_keeps_its_number_of_processes(options):  # noqa: F811
+    checkpoint = RunCheckpoint.read(train(TrainConfig(**{**options, 'epochs': 1})).checkpoint)
+    known = {name: value for name, value in checkpoint.args.items() if name not in ('label_names', 'world_size')}
+    config = TrainConfig.from_dict(known)
+    checkpoint.check_same_run(config, world_size=1)
+    with pytest.raises(ValueError, match=r'by 2 process.*it has 1, .*batch_size 4.*--nproc-per-node 1'):
+        checkpoint.check_same_run(config, world_size=2)
+    del checkpoint.args['world_size']  # of a version that did not record it
+    checkpoint.check_same_run(config, world_size=2)
+
+
+@pytest.mark.parametrize('rank, order', [(0, ['open', 'barrier']), (1, ['barrier', 'open'])])
+def test_one_process_downloads_for_all(options, monkeypatch, rank, order):  # noqa: F811
+    seen = []
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, 'open_data', lambda config: seen.append('open') or (None, None, None, 3))
+    monkeypatch.setattr(trainer, 'dist', SimpleNamespace(barrier=lambda: seen.append('barrier')))
+    monkeypatch.setattr(trainer, '_Phase', stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer._train_phases(TrainConfig(**options, download=True), torch.device('cpu'), rank, 2)
+    assert seen == order
+
+
+def test_a_log_without_checkpoints_is_not_overwritten(options, tmp_path):  # noqa: F811
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'summary.csv').write_text('epoch,lr\n0,0.1\n')
+    with pytest.raises(FileExistsError, match='holds a run already'):
+        train(TrainConfig(**options))
+    assert (tmp_path / 'run' / 'summary.csv').read_text() == 'epoch,lr\n0,0.1\n'
+
+
+@pytest.mark.parametrize('changed, message', [
+    ({'best_members': 3}, r'best_members .*1, 2, 4.* 3'),
+    ({'phases': [{'epochs': 1, 'model_kwargs': {'nodes': [1, 1, 1, 2, 2]}},
+                 {'epochs': 1, 'model_kwargs': {'nodes': [1, 1, 1, 1, 4]}}]}, r'nodes=\(1, 1, 1, 2, 2\)'),
+])
+def test_phases_that_cannot_follow_are_refused_first(options, tmp_path, changed, message):  # noqa: F811
+    phases = [{'epochs': 1, 'model_kwargs': {'nodes': [1, 1, 1, 1, 1]}}, {'epochs': 1}]
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(**{**options, 'epochs': 200, 'phases': phases, **changed}))
+    assert [path.name for path in (tmp_path / 'run').iterdir()] == ['.lock']
+
+
+def test_a_best_checkpoint_that_was_not_copied_any_more_is_copied_on_resume(
+        options, tmp_path, monkeypatch):  # noqa: F811
+    def stop(self, epoch, last):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BestCheckpoint, 'save', stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(**{**options, 'epochs': 1, 'best_members': 2}))
+    assert len(rows(tmp_path / 'run')) == 1 and not (tmp_path / 'run' / BestCheckpoint.NAME).exists()
+    train(TrainConfig(**{**options, 'epochs': 1, 'best_members': 2, 'resume': True}))
+    assert RunCheckpoint.read(tmp_path / 'run' / BestCheckpoint.NAME).epoch == 0
+
+
+def test_the_best_of_the_epochs_since_it_was_asked_for(tmp_path):
+    last, found = tmp_path / 'last.pth.tar', {0: {'eval_top1_2': 90}}  # of which nobody has kept the weights
+    keeper = BestCheckpoint(2, found)
+    for epoch, accuracy in enumerate([50, 60, 55], start=1):
+        found[epoch] = {'eval_top1_2': accuracy}
+        last.write_text(f'epoch {epoch}')
+        keeper.save(epoch, last)
+    assert (tmp_path / BestCheckpoint.NAME).read_text() == 'epoch 2'
+    last.write_text('epoch 4')
+    found[4] = {'eval_top1_2': 59}
+    BestCheckpoint(2, found, kept=2).save(4, last)
+    assert (tmp_path / BestCheckpoint.NAME).read_text() == 'epoch 2'
+
+
+def test_paths_are_in_no_recipe():
+    args = {'initial_checkpoint': 'runs/a/last.pth.tar', 'data': './images', 'output': 'out', 'data_dir': 'images',
+            'label_names': ['a'], 'world_size': 2, 'other': '/home/somebody', 'lr': 0.1}
+    assert recipe_of(args) == {'lr': 0.1}
+
+
+@pytest.fixture
+def evaluated(options, tmp_path):  # noqa: F811
+    """Evaluates a trained run on a split of its data."""
+    def evaluate(split):
+        main(['eval', '--checkpoint', str(tmp_path / 'run' / 'last.pth.tar'), '--split', split, '--workers', '0',
+              '--output', str(tmp_path / 'evaluation.json')])
+        return json.loads((tmp_path / 'evaluation.json').read_text())
+    return evaluate
+
+
+def test_splits_that_lack_classes_are_evaluated(options, tmp_path, evaluated):  # noqa: F811
+    root = make_images(tmp_path / 'images')
+    for label in range(3):
+        shutil.copytree(root / 'test' / f'class{label}', root / f'only{label}' / f'class{label}')
+    train(TrainConfig(**{**options, 'data_dir': str(root)}))
+    parts = [evaluated(f'only{label}') for label in range(3)]
+    whole = evaluated('test')
+    assert [part['num_images'] for part in parts] == [4, 4, 4]
+    for i, row in enumerate(whole['members']):
+        assert sum(part['members'][i]['top1'] for part in parts) / 3 == pytest.approx(row['top1'])
+
+
+def test_what_training_passes_over_is_passed_over(options, tmp_path, evaluated, caplog):  # noqa: F811
+    root = make_images(tmp_path / 'images')
+    (root / 'test' / 'class1' / '0.png').write_bytes(b'no image')
+    train(TrainConfig(**{**options, 'data_dir': str(root), 'epochs': 1, 'unreadable': 'skip'}))
+    assert evaluated('test')['num_images'] == 11
+    assert '1 unreadable images skipped, as in training' in caplog.text
