@@ -1,7 +1,6 @@
 """Accuracy against average MACs: images that leave once they are sure, beside a fixed number of members for all.
 
-    python benchmarks/early_exit.py --model hne_resnet50_c8.hcd_cifar100 --data-dir CIFAR100 \\
-        --output docs/results/early_exit
+    python benchmarks/early_exit.py --data-dir CIFAR10 --output docs/results/early_exit
 
     timm-hne demo --output output/demo                       # or without a data set, on handwritten digits
     python benchmarks/early_exit.py --checkpoint output/demo/model.safetensors
