@@ -29,7 +29,7 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument('--data-dir', help='folder of images with test/CLASS, for the packaged weights of --model')
     subject.add_argument('--checkpoint', help="weights of `timm-hne demo`, for its held-out digits")
-    parser.add_argument('--model', default=MODEL, help=f'model with packaged weights of the images, default {MODEL}')
+    parser.add_argument('--model', default=MODEL, help=f'model of the weights, default {MODEL}')
 
 
 def load_subject(args: argparse.Namespace) -> tuple[HierarchicalEnsemble, torch.Tensor, torch.Tensor]:
@@ -38,7 +38,7 @@ def load_subject(args: argparse.Namespace) -> tuple[HierarchicalEnsemble, torch.
     Training never saw the images.
     """
     if args.checkpoint:
-        model = timm.create_model(MODEL, in_chans=1, checkpoint_path=args.checkpoint)
+        model = timm.create_model(args.model, in_chans=1, checkpoint_path=args.checkpoint)
         size, mean, std = (DIGITS_RECIPE[key] for key in ('img_size', 'mean', 'std'))
         dataset = DigitsDataset(train=False)
     else:

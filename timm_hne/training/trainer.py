@@ -121,8 +121,7 @@ def _train_phases(config: TrainConfig, device: torch.device, rank: int, world_si
     data = open_data(config)
     if waits and not rank:
         dist.barrier()
-    if config.phases:
-        check_phases(config, data[-1])
+    check_phases(config, data[-1])
     result, history = None, []
     parts = config.split()
     for (start, part), (following, _) in itertools.zip_longest(parts, parts[1:], fillvalue=(math.inf, None)):
@@ -236,8 +235,6 @@ class _Phase:
                 whole.best_members, self.summary.rows, _epoch_of(self.output_dir / BestCheckpoint.NAME))
             if checkpoint is not None:  # which may have been written, and not yet kept, when the run was interrupted
                 self.best.save(self.start_epoch - 1, checkpoint.path)
-            if start + config.epochs == whole.epochs:  # a tree that grows has more members later
-                self.best.check(self.model.ensemble_size)
 
     def run(self, history: list[dict[str, float]]) -> TrainResult:
         """Train the epochs that are left, and add a row for each to the history."""
