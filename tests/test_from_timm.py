@@ -281,6 +281,24 @@ def test_noise_is_relative_to_each_tensor():
     assert timm_hne.hierarchize(model, (1, 1, 1, 1, 2), noise=0).blocks[4][1].state_dict().keys() == first.keys()
 
 
+@pytest.mark.parametrize('nodes', [(1, 1, 2, 4, 8), (1, 1, 1, 4, 4), (3, 3, 3, 3, 3), (1, 2, 6, 6, 12)])
+def test_of_the_copies_those_with_an_elder_sibling_get_noise(nodes):
+    ensemble = timm_hne.hierarchize(make_base('test_resnet'), nodes)
+    for block, count, parents in zip(ensemble.blocks, nodes, (1, *nodes)):
+        weights = [torch.cat([w.flatten() for w in node.parameters()]) for node in block]
+        first = [bool(node % (count // parents)) for node in range(count)]
+        assert [not torch.equal(w, weights[0]) for w in weights] == first
+        noisy = [w for w, noise in zip(weights, first) if noise]
+        assert all(not torch.equal(a, b) for i, a in enumerate(noisy) for b in noisy[:i])
+
+
+def test_members_part_where_the_block_that_branches_has_no_weights():
+    model = make_base('test_resnet')
+    ensemble = timm_hne.hierarchize(model, (1, 2, 2, 4), taps=('act1', 'maxpool', 'layer2', 'layer4')).eval()
+    logits = ensemble.forward_members(images(model))
+    assert all(not torch.equal(logits[:, i], logits[:, j]) for i in range(4) for j in range(i))
+
+
 @pytest.mark.parametrize('blocks, size, nodes', [
     (5, 8, (1, 1, 2, 4, 8)), (4, 8, (1, 1, 2, 8)), (2, 8, (1, 8)), (4, 6, (1, 1, 2, 6)), (5, 1, (1,) * 5),
     (3, 5, (1, 1, 5)),

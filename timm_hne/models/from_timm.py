@@ -171,7 +171,7 @@ class HNEFromTimm(ReplicatedEnsemble):
         return {**args, 'base_args': base_args} if base_args else args
 
     def _perturb(self, noise: float, seed: int) -> None:
-        """Add noise to all nodes but the first of each block."""
+        """Add noise to all nodes that have an elder sibling."""
         one_each = {name: nodes[:1] for name, nodes in node_weights(self.state_dict(), self).items()}
         parts = self.parts()
         for name, nodes in grow_weights(one_each, self, noise, seed).items():

@@ -206,6 +206,7 @@ def node_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str
 def grow_nodes(
         nodes: Sequence[dict[str, torch.Tensor]],
         count: int,
+        siblings: int,
         parameters: set[str],
         name: str,
         noise: float = NOISE,
@@ -213,11 +214,13 @@ def grow_nodes(
 ) -> list[dict[str, torch.Tensor]]:
     """Return the weights of more nodes: each node and its copies side by side, where its children would be.
 
-    Copies of the same weights get the same gradients and never part, so all but the first have noise of their own.
+    Copies of the same weights get the same gradients and never part, so there is noise, of their own, in those that
+    have an elder sibling. A first child has none: where its parent is a copy, that has parted from its own already.
 
     Args:
         nodes: Weights of each node.
         count: Number of nodes to make, a multiple of those that there are.
+        siblings: Number of nodes that have the same parent.
         parameters: Names of the tensors that get noise; those of statistics and indices must not.
         name: Name of the part; with the seed and the number of the node it decides the noise.
         noise: Standard deviation of the noise, relative to the root mean square of the tensor.
@@ -227,7 +230,7 @@ def grow_nodes(
     grown = []
     for node in range(count):
         weights = dict(nodes[node // family])
-        if noise and node % family:
+        if noise and node % family and node % siblings:
             generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name} {node}'.encode()))
             for key in sorted(parameters & weights.keys()):
                 tensor = weights[key]
@@ -255,11 +258,15 @@ def grow_weights(
         seed: Seed of the noise.
     """
     grown = {}
+    parents = 1  # nodes that noise has parted
     for name, part in model.parts().items():
         if name in stored:
             one_node = part.split_state(dict(part.named_parameters()))
             parameters = set(one_node[0]) if one_node else set()
-            grown[name] = grow_nodes(stored[name], part.nodes, parameters, name, noise, seed)
+            grown[name] = grow_nodes(
+                stored[name], part.nodes, part.nodes // parents, parameters, name, noise, seed)
+            if parameters:  # a pooling, for one, has none
+                parents = part.nodes
     return grown
 
 
