@@ -286,9 +286,9 @@ def test_of_the_copies_those_with_an_elder_sibling_get_noise(nodes):
     ensemble = timm_hne.hierarchize(make_base('test_resnet'), nodes)
     for block, count, parents in zip(ensemble.blocks, nodes, (1, *nodes)):
         weights = [torch.cat([w.flatten() for w in node.parameters()]) for node in block]
-        first = [bool(node % (count // parents)) for node in range(count)]
-        assert [not torch.equal(w, weights[0]) for w in weights] == first
-        noisy = [w for w, noise in zip(weights, first) if noise]
+        has_elder = [bool(node % (count // parents)) for node in range(count)]
+        assert [not torch.equal(w, weights[0]) for w in weights] == has_elder
+        noisy = [w for w, elder in zip(weights, has_elder) if elder]
         assert all(not torch.equal(a, b) for i, a in enumerate(noisy) for b in noisy[:i])
 
 
