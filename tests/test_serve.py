@@ -247,6 +247,7 @@ def test_a_deadline_that_cannot_be_kept(serve):
     client = serve()
     client.runner.policy.seconds = {n: {size: 1. for size in (1, 2, 4)} for n in (1, 2, 4)}
     assert refused(client.post('/predict?deadline_ms=500', content=encode(noise())), 503, 'deadline=0')
+    assert refused(client.post('/predict?deadline_ms=1e-321', content=encode(noise())), 503, 'deadline=')
     assert client.post('/predict?deadline_ms=50000', content=encode(noise())).status_code == 200
 
 

@@ -69,7 +69,8 @@ def read_options(query: list[tuple[str, str]], ensemble_size: int, num_classes: 
     deadline = given.get('deadline_ms')
     return {
         'num_members': given.get('num_members'), 'threshold': given.get('threshold'), 'top_k': given.get('top_k', 5),
-        'deadline': None if deadline is None else deadline / 1000,
+        # The smallest deadlines become 0 by the division, which would be none that a runner takes.
+        'deadline': None if deadline is None else max(deadline / 1000, math.ulp(0)),
     }
 
 
