@@ -180,6 +180,7 @@ def test_an_exported_model_stands_in_for_an_ensemble(places, images):
         exported.train()
     with pytest.raises(ValueError):
         exported.to(torch.bfloat16)
+    assert next(exported.parameters()).dtype == torch.float32
     with pytest.raises(ValueError):
         exported(images, num_members=5)
     exported = ExportedEnsemble.load(places['exported'])
@@ -240,6 +241,13 @@ def test_a_model_of_one_channel():
     model = timm.create_model('hne_resnet50_c8', nodes=NODES, in_chans=1, pretrained_cfg_overlay=dict(
         input_size=(1, 32, 32), mean=(0.5,), std=(0.25,))).eval()
     assert Classifier(model, {}).image(noise()).shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize('in_chans, cfg', [(1, {}), (4, dict(input_size=(4, 32, 32), mean=(0.5,) * 4, std=(1.,) * 4))])
+def test_a_model_whose_images_it_cannot_make_is_refused(in_chans, cfg):
+    model = timm.create_model('hne_resnet50_c8', nodes=NODES, in_chans=in_chans, pretrained_cfg_overlay=cfg).eval()
+    with pytest.raises(ValueError, match=f'1 or 3 channels.*in_chans={in_chans}'):
+        Classifier(model, {})
 
 
 END = bytes(4) + b'IEND'  # begins the last chunk of a PNG
@@ -316,6 +324,10 @@ def test_the_limit_of_pixels_can_be_chosen(model):
     for source in (Image.new('L', (51, 40)), encode(Image.new('L', (51, 40)))):
         with pytest.raises(ImageError, match='2,000'):
             classifier.image(source)
+
+
+def test_a_limit_below_the_size_that_images_are_resized_to(model):
+    assert Classifier(model, {}, max_pixels=500).image(Image.new('L', (20, 20))).shape == (3, 32, 32)
 
 
 def test_only_formats_that_say_how_large_an_image_is():

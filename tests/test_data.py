@@ -315,6 +315,11 @@ def test_an_image_in_no_class_folder_is_left_out_and_named(folder, caplog, split
     assert open_dataset('', str(folder / split), 'validation').reader.class_to_idx == {'a': 0, 'b': 1}
 
 
+def test_a_link_to_nowhere_in_no_class_folder_is_left_out(folder):
+    (folder / 'train' / 'stray.png').symlink_to(folder / 'gone.png')
+    assert open_folder(folder)[2] == ['a', 'b']
+
+
 def test_images_without_class_folders(folder):
     for name in 'ab':
         for path in (folder / 'train' / name).iterdir():

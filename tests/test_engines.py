@@ -248,6 +248,48 @@ def test_programs_are_kept_and_read_again(cache, made):
     assert len(list(cache.iterdir())) == 2
 
 
+def test_what_a_base_keeps_to_itself_tells_programs_apart(cache, made):
+    """Weights and `repr` are the same, the logits are not."""
+    class Scale(torch.nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x):
+            return x * self.factor
+
+    class Shift(torch.nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.register_buffer('shift', torch.tensor(shift), persistent=False)
+
+        def forward(self, x):
+            return x + self.shift
+
+    x = images()
+    for extra in (Scale(1.), Scale(2.), Shift(1.), Shift(2.)):
+        model = tiny_ensemble((1, 1), 'replicated')
+        model.blocks[0][0].append(extra)
+        assert_like(optimize_for_inference(model, engine='onnxruntime')(x), model(x))
+    assert made == [(0, 1)] * 4
+
+
+def test_images_that_do_not_fit_do_not_choose_the_engine():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            if x.shape[-1] != 8:
+                raise ValueError('images must be of 8 pixels')
+            return x
+
+    model = tiny_ensemble((1, 1), 'replicated')
+    model.blocks[0][0].append(Fixed())
+    fast = optimize_for_inference(model)
+    with pytest.warns(UserWarning, match='cannot run this model'), pytest.raises(ValueError, match='of 8 pixels'):
+        fast(images(2, 9))
+    assert_like(fast(images()), model(images()))
+    assert fast.mode in ('onnxruntime', 'openvino')
+
+
 def test_a_damaged_program_is_made_anew(cache, made, caplog):
     model, x = tiny_ensemble((1, 1)), images()
     optimize_for_inference(model, x, engine='onnxruntime')

@@ -323,6 +323,15 @@ def test_extract_of_a_uniform_prefix_is_what_timm_creates():
         assert str(part) == str(created)
 
 
+def test_timm_saves_an_extract_as_what_it_is(tmp_path):
+    model = timm.create_model('hne_resnet50_c8', num_classes=3, num_members=8).eval()
+    part, x = model.extract(4), images(size=32)
+    timm.models.save_for_hf(part, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert loaded.nodes == part.nodes == (1, 1, 1, 2, 4)
+    torch.testing.assert_close(loaded(x), model(x, num_members=4), rtol=1e-5, atol=1e-5)
+
+
 def test_extract_of_mobilenet_and_of_an_extract():
     model, x = small_mobilenet(), images(2, 32)
     with torch.no_grad():

@@ -319,6 +319,25 @@ def test_the_card_of_the_folder_is_kept_too(alice, quick, model):
     assert OWN_TEXT in card_on_the_hub(alice)
 
 
+def test_the_card_of_the_folder_is_kept_beside_one_on_the_hub(alice, quick, model):
+    send(model)
+    edit(alice, card_on_the_hub(alice).replace('license: apache-2.0', 'license: mit'))
+    path = Path('net/README.md')
+    path.write_text(path.read_text().replace('# net\n\n', OWN_TEXT))
+    send(model)
+    card = card_on_the_hub(alice)
+    assert OWN_TEXT in card and ModelCard(card).data.license == 'mit'
+
+    path.write_text(card.replace('My pictures', 'Our pictures'))
+    commits = len(alice.commits('alice/net'))
+    with pytest.raises(ValueError, match=r'README\.md .*folder and on the Hub'):
+        send(model)
+    assert len(alice.commits('alice/net')) == commits and 'Our pictures' in path.read_text()
+    path.unlink()
+    send(model)
+    assert 'My pictures' in card_on_the_hub(alice)
+
+
 @pytest.mark.parametrize('in_chans', [1, 3])
 def test_the_code_of_the_card_runs(alice, quick, in_chans):
     cfg = dict(input_size=(in_chans, 32, 32), mean=(0.5,) * in_chans, std=(0.5,) * in_chans)

@@ -9,8 +9,10 @@ import os
 import runpy
 import subprocess
 import sys
+import threading
 import urllib.request
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -395,6 +397,23 @@ def image_folder(root):
                 pixels = torch.randint(96, (16, 16, 3), generator=generator, dtype=torch.uint8) + 128 * label
                 Image.fromarray(pixels.numpy()).save(folder / f'{index}.png')
     return root
+
+
+def test_threads_do_not_mix_what_they_write_to_one_file(tmp_path):
+    path, together = tmp_path / 'file', threading.Barrier(8)
+
+    def write(letter):
+        def save(temporary):
+            together.wait(60)
+            temporary.write_text(letter * 100)
+            together.wait(60)
+
+        write_file(path, save)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, 'abcdefgh'))
+    assert path.read_text() in {letter * 100 for letter in 'abcdefgh'}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture

@@ -450,6 +450,16 @@ def test_floor_and_ceiling(gate, bounds, schedule):
         assert runner.submit(image(0)).result(TIMEOUT).num_members == schedule[-1]
 
 
+@pytest.mark.parametrize('bounds, schedule', [
+    ({}, (2, 4)), (dict(min_members=2), (2, 4)), (dict(min_members=3), (3, 4)), (dict(max_members=1), (1,)),
+])
+def test_the_schedule_of_a_model_that_has_one(gate, bounds, schedule):
+    """As an exported folder has; the first two members of this one cost as much as one."""
+    gate.schedule = (2, 4)
+    with AdaptiveRunner(gate, latency_target=1e9, max_batch_size=1, **bounds) as runner:
+        assert runner.schedule == schedule
+
+
 def test_a_real_model():
     model, x = small_resnet(), images(5)
     with AdaptiveRunner(model, latency_target=100., input_size=(3, 8, 8), max_batch_size=2, warmup_repeats=1) as runner:

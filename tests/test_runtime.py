@@ -1,8 +1,13 @@
 """The exported folder, run without PyTorch, against the model."""
+import collections
 import json
 import math
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +18,13 @@ from test_early_exit import reference_exit, undecided
 from test_inference import images
 from tiny import tiny_ensemble
 
+import timm_hne
 from timm_hne import runtime
 from timm_hne.__main__ import main
 from timm_hne.evaluation.cost import member_macs
 from timm_hne.inference import CRITERIA, LatencyTable, exit_scores, export_folder
 from timm_hne.inference.early_exit import ExitPoint
+from timm_hne.serving import ExportedEnsemble
 
 NODES = (1, 2, 4)
 
@@ -185,6 +192,9 @@ def test_a_tampered_file_is_refused(folder, tmp_path):
     (dict(steps=[]), r'manifest\.json'),
     (dict(files={'../secret': ''}), r'manifest\.json'),
     (dict(files=None), r'manifest\.json'),
+    (dict(format='2'), r"manifest\.json .*format .*'2'"),
+    (dict(image={'channels': 3}), r'manifest\.json .*any_size, height, mean, std, width'),
+    (dict(steps=[{'file': 'step_0_1.onnx'}]), r'manifest\.json .*frontier, inputs, new, start, stop'),
 ])
 def test_a_manifest_that_cannot_be_read(folder, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
@@ -196,6 +206,63 @@ def test_another_image_size_than_exported(folder, tmp_path):
     network = runtime.load(copied(folder, tmp_path, image={**image, 'any_size': False}))
     with pytest.raises(ValueError, match=r'8x8 .*8x9.*--img-size'):
         network.predict(np.zeros((1, 3, 8, 9), np.float32))
+
+
+def test_the_ensemble_of_a_folder_says_so_too(folder, tmp_path):
+    image = json.loads((folder / 'manifest.json').read_text())['image']
+    exported = ExportedEnsemble.load(copied(folder, tmp_path, image={**image, 'any_size': False}))
+    for size in (8, 9):
+        x = torch.zeros(1, 3, 8, size)
+        with nullcontext() if size == 8 else pytest.raises(ValueError, match=r'8x8 .*8x9.*--img-size'):
+            timm_hne.early_exit(exported, x, 0.5)
+
+
+def test_a_time_that_another_thread_takes_out(network, model):
+    class Taken(collections.deque):  # at once, as a thread with a deadline does
+        def append(self, duration):
+            super().append(duration)
+            self.clear()
+
+    network._times = collections.defaultdict(Taken)
+    x = images()
+    assert_like(network.predict(x.numpy()), model(x))
+
+
+def test_sizes_that_threads_meet_at_once_take_one_place(folder):
+    session = runtime.Session(folder / 'step_0_1.onnx', threads=1)
+    create = session._create
+    ready = threading.Barrier(4)
+
+    def slowly(sizes):
+        time.sleep(0.2)  # the others wait for the lock
+        return create(sizes)
+
+    def run(size):
+        ready.wait(60)
+        session.run({'images': np.zeros((1, 3, size, size), np.float32)})
+
+    for size in range(8, 8 + session.SIZES_KEPT):
+        session.run({'images': np.zeros((1, 3, size, size), np.float32)})
+    session._create = slowly
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, [40] * 4))
+    assert len(session._sessions) == session.SIZES_KEPT
+
+
+def test_one_class_can_be_sure_of_nothing(tmp_path):
+    export_folder(tiny_ensemble((1, 1), num_classes=1), tmp_path / 'folder', (3, 8, 8))
+    network, x = runtime.load(tmp_path / 'folder'), np.zeros((1, 3, 8, 8), np.float32)
+    assert network.predict(x).shape == (1, 1)
+    with pytest.raises(ValueError, match='num_classes must be at least 2 for a threshold, got 1'):
+        network.predict(x, threshold=0.5, criterion='margin')
+
+
+def test_logits_of_zero_are_exported(tmp_path):
+    model = tiny_ensemble((1, 1))
+    torch.nn.init.zeros_(model.classifier.weight)
+    torch.nn.init.zeros_(model.classifier.bias)
+    export_folder(model, tmp_path / 'folder', (3, 8, 8))
+    assert not runtime.load(tmp_path / 'folder').predict(np.ones((1, 3, 8, 8), np.float32)).any()
 
 
 def test_export_folder_refuses(model, tmp_path):

@@ -20,7 +20,7 @@ def calls(monkeypatch):
     def record(name, result=None):
         return lambda *args, **kwargs: calls.append((name, args, kwargs)) or result
 
-    run = SimpleNamespace(id='abc', log=record('log'), info=SimpleNamespace(run_id='abc'))
+    run = SimpleNamespace(id='abc', log=record('log'), finish=record('finish'), info=SimpleNamespace(run_id='abc'))
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=record('init', run)))
     monkeypatch.setitem(sys.modules, 'mlflow', SimpleNamespace(
         start_run=record('start_run', run), log_params=record('log_params'), log_metrics=record('log'),
@@ -56,7 +56,8 @@ def test_what_is_missing_is_said_before_any_epoch(options, monkeypatch, log):  #
 def test_a_run_that_is_followed(options, calls, tmp_path):  # noqa: F811
     train(TrainConfig(**{**options, 'epochs': 2}, log='wandb'))
     assert calls[0][2]['config']['epochs'] == 2 and 'data_dir' not in calls[0][2]['config']
-    assert [call[2]['step'] for call in calls[1:]] == [0, 1]
+    assert [call[2]['step'] for call in calls[1:-1]] == [0, 1]
+    assert calls[-1][0] == 'finish'  # or a second run of this process would go on with it
     logged = calls[2][1][0]
     assert logged['eval/top1_4'] == float(rows(options['output_dir'])[1]['eval_top1_4'])
     assert logged['lr'] == float(rows(options['output_dir'])[1]['lr'])

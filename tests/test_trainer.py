@@ -31,9 +31,9 @@ from timm_hne.cli import train as cli_train
 from timm_hne.cli.demo import demo_config
 from timm_hne.models.ensemble import HierarchicalEnsemble
 from timm_hne.models.weights import load_grown
-from timm_hne.training import setup, trainer
-from timm_hne.training.checkpoint import FREE_KEYS, RunCheckpoint, load_checkpoint
-from timm_hne.training.recipe import RECIPES, TrainConfig, read_recipe
+from timm_hne.training import checkpoint, setup, trainer
+from timm_hne.training.checkpoint import RunCheckpoint, load_checkpoint
+from timm_hne.training.recipe import FREE_KEYS, RECIPES, TrainConfig, read_recipe
 from timm_hne.training.summary import Summary
 from timm_hne.training.task import HNETask
 from timm_hne.training.trainer import NonFiniteLossError, train
@@ -606,6 +606,33 @@ def test_unreadable_images_are_skipped_by_choice(options, tmp_path, caplog, in_m
     assert result.top1[4] == pytest.approx(round(result.top1[4] / 10) * 10)
 
 
+@pytest.mark.parametrize(('options_of', 'words'), [({'device': 'cuda'}, "device .*'cuda'.*no CUDA")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is CUDA')
+def test_a_device_that_is_not_there(options, options_of, words):
+    with pytest.raises(ValueError, match=words):
+        train(TrainConfig(**{**options, **options_of}))
+
+
+def test_what_is_free_is_free_in_a_phase_too(options):
+    phase = {'epochs': 1, 'num_workers': 0}
+    run = {**options, 'epochs': 200, 'phases': [phase]}
+    train(TrainConfig(**run))
+    assert train(TrainConfig(**{**run, 'phases': [{**phase, 'log_interval': 1}], 'resume': True})).history == []
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(options, monkeypatch):
+    train(TrainConfig(**{**options, 'epochs': 2}))
+
+    def refuse(path, mode='r', *args, **kwargs):
+        if str(path).endswith('checkpoint-1.pth.tar'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, 'open', refuse, raising=False)
+    with pytest.raises(PermissionError, match='checkpoint-1'):
+        train(TrainConfig(**{**options, 'epochs': 2, 'resume': True}))
+
+
 def test_unknown_key_names_the_nearest(options):
     with pytest.raises(ValueError, match=r"'epoch'.*'epochs'"):
         TrainConfig.from_dict({'epoch': 3})
@@ -640,6 +667,12 @@ def test_unknown_key_names_the_nearest(options):
     ({'lr': math.inf}, ValueError, 'lr .*inf'),
     ({'weight_decay': -1.}, ValueError, 'weight_decay .*-1.0'),
     ({'clip_grad': 0.}, ValueError, 'clip_grad .*0.0'),
+    ({'mean': ()}, ValueError, r'mean .*\(\)'),
+    ({'seed': 2 ** 32}, ValueError, r'seed .*2\*\*32.*4294967296'),
+    ({'lr': 10 ** 400}, TypeError, 'lr .*float'),
+    ({'decay_milestones': (60, 30)}, ValueError, r'decay_milestones .*\(60, 30\)'),
+    ({'decay_milestones': (-1, 30)}, ValueError, r'decay_milestones .*\(-1, 30\)'),
+    ({'phases': ({'epochs': 1, 'model_kwargs': [1]},)}, TypeError, r'model_kwargs .*dict.*\[1\]'),
     ({'model_kwargs': {'num_classes': 3}}, ValueError, 'model_kwargs .*num_classes'),
     ({'model_kwargs': {'in_chans': 1}}, ValueError, 'model_kwargs .*in_chans'),
     ({'model_kwargs': {'pretrained': True}}, ValueError, 'model_kwargs .*pretrained'),
@@ -770,9 +803,21 @@ def test_bad_yaml(tmp_path, capsys):
     with pytest.raises(SystemExit):
         read_arguments('--mean', '[0.1')
     assert "argument --mean: '[0.1' is not YAML" in capsys.readouterr().err
-    (tmp_path / 'bad.yaml').write_text('{epochs: [')
-    with pytest.raises(ValueError, match=r'bad\.yaml .*YAML'):
+    for data in (b'{epochs: [', b'model: \xff', b'lr: 2024-13-45'):
+        (tmp_path / 'bad.yaml').write_bytes(data)
+        with pytest.raises(ValueError, match=r'bad\.yaml .*YAML'):
+            read_recipe(str(tmp_path / 'bad.yaml'))
+    (tmp_path / 'bad.yaml').write_text('base: 0')
+    with pytest.raises(TypeError, match=r'base .*bad\.yaml .* 0'):
         read_recipe(str(tmp_path / 'bad.yaml'))
+
+
+def test_a_base_is_the_recipe_beside_the_one_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / 'cifar10.yaml').write_text('lr: 99')
+    expected = read_recipe('cifar100.yaml')
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe('cifar10.yaml') == {'lr': 99}
+    assert read_recipe('cifar100.yaml') == expected
 
 
 def test_a_recipe_must_not_be_its_own_base(tmp_path):

@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def write_file(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{os.getpid()}.{path.name}')
+    temporary = path.with_name(f'.{os.getpid()}.{threading.get_ident()}.{path.name}')
     try:
         save(temporary)
         temporary.replace(path)

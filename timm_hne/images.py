@@ -70,7 +70,8 @@ def find_images(folder: str | PathLike) -> list[Path]:
     Raises:
         OSError: There are none.
     """
-    files = sorted(path for path in Path(folder).rglob('*') if is_img_extension(path.suffix.lower()))
+    found = (path for path in Path(folder).rglob('*') if is_img_extension(path.suffix.lower()))
+    files = sorted(path for path in found if not path.is_dir())
     if not files:
         raise OSError(f'folder {folder} holds no images.')
     return files

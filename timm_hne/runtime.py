@@ -21,6 +21,11 @@ __all__ = ['FORMAT', 'MANIFEST', 'Runtime', 'Session', 'load']
 MANIFEST = 'manifest.json'
 FORMAT = 1  # of the manifest; a version reads its own and the earlier ones
 
+# What a manifest must hold: at its top, of its images, and of each of its steps.
+_KEYS = ('nodes', 'num_classes', 'macs')
+_IMAGE_KEYS = ('channels', 'height', 'width', 'any_size', 'mean', 'std')
+_STEP_KEYS = ('start', 'stop', 'inputs', 'new', 'frontier')
+
 CRITERIA = ('confidence', 'margin', 'entropy', 'agreement')
 
 _clock = time.perf_counter
@@ -59,10 +64,12 @@ class Session:
         session = self._sessions.get(key)
         if session is None:
             with self._lock:
-                session = self._sessions.get(key) or self._create(key)
-                while len(self._sessions) >= self.SIZES_KEPT:
-                    del self._sessions[next(iter(self._sessions))]
-                self._sessions[key] = session
+                session = self._sessions.get(key)  # another thread may have made it
+                if session is None:
+                    session = self._create(key)
+                    while len(self._sessions) >= self.SIZES_KEPT:
+                        del self._sessions[next(iter(self._sessions))]
+                    self._sessions[key] = session
         return session.run(None, inputs)
 
     def _create(self, sizes: tuple[tuple[str, int], ...]):
@@ -109,14 +116,20 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding='utf-8'))
         version = manifest['format']
-        if isinstance(version, int) and version > FORMAT:
+        if not isinstance(version, int):
+            raise ValueError(f'its format is {version!r}')
+        if version > FORMAT:
             raise ValueError(
                 f'it has format {version}, written by timm-hne {manifest.get("timm_hne")}; this version reads formats '
                 f'up to {FORMAT}: update timm-hne')
         files = dict(manifest['files'])
-        programs = [step['file'] for step in manifest['steps']]
+        steps = manifest['steps']
+        programs = [step['file'] for step in steps]
         if not programs or not set(programs) <= set(files) or any(Path(name).name != name for name in files):
             raise ValueError(f'its files are {sorted(files)}, its programs {programs}')
+        for part, keys in ((manifest, _KEYS), (manifest['image'], _IMAGE_KEYS), *((s, _STEP_KEYS) for s in steps)):
+            if missing := sorted(set(keys) - set(part)):
+                raise ValueError(f'it lacks {", ".join(missing)}')
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is no manifest that can be read: {error}.') from error
     return manifest
@@ -206,7 +219,7 @@ class Runtime:
         Raises:
             TypeError, ValueError: An argument is wrong, see `predict`.
         """
-        images, begin = self._check(images), _clock()
+        images, begin = self.check(images), _clock()
         if deadline is not None:
             check_number('deadline', deadline)
             deadline += begin
@@ -235,13 +248,15 @@ class Runtime:
             ValueError: It is out of range, or the images have another shape than the model was exported for.
         """
         begin = _clock()
-        images = self._check(images)
+        images = self.check(images)
         last = self.ensemble_size
         if num_members is not None:
             last = check_integer('num_members', num_members, 1, last)
         if criterion not in CRITERIA:
             raise ValueError(f'criterion must be one of {", ".join(CRITERIA)}, got {criterion!r}.')
         if threshold is not None:
+            if self.num_classes < 2:
+                raise ValueError(f'num_classes must be at least 2 for a threshold, got {self.num_classes}.')
             highest = np.log(self.num_classes) if criterion == 'entropy' else 1.
             check_number('threshold', threshold, 0, float(highest))
         if deadline is not None:
@@ -287,7 +302,8 @@ class Runtime:
         new = dict(zip(step['new'], session.run({name: features[name] for name in step['inputs']})))
         return new['logits'], {name: new[name] if name in new else features[name] for name in step['frontier']}
 
-    def _check(self, images: np.ndarray) -> np.ndarray:
+    def check(self, images: np.ndarray) -> np.ndarray:
+        """Return images as the programs take them; raise a TypeError or ValueError if they are none, see `predict`."""
         image = self.manifest['image']
         if not isinstance(images, np.ndarray) or images.dtype not in (np.float32, np.float64, np.float16):
             raise TypeError(
@@ -318,8 +334,9 @@ class Runtime:
                     return
             begin = _clock()
             logits, features = self.step(index, features)
-            past.append(_clock() - begin)
-            spent += past[-1]
+            duration = _clock() - begin  # another thread may take it out of `past` again
+            past.append(duration)
+            spent += duration
             members = logits if members is None else np.concatenate([members, logits], axis=1)
             stay = yield members, stop
             if stay is not None and not stay.all():

@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
         'members': measured['members'],
         'member_top1': measured['member_top1'],
     }
+    print(to_markdown(result), end='', flush=True)  # first: it must not be lost if the files cannot be written
     if args.output:
         write_text(args.output, json.dumps(result, indent=1) + '\n')
         write_text(args.output.with_suffix('.md'), to_markdown(result))
-    print(to_markdown(result), end='')

@@ -22,9 +22,12 @@ def _read_run(path: Path, name: str | None, **kwargs) -> tuple[HierarchicalEnsem
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, its training is unfinished, or it holds no model of this name.
+        ValueError: The file is damaged, its training is unfinished, or it holds no model of this name. The path is a
+            folder, but arguments are given.
     """
     if path.is_dir():
+        if name is not None or kwargs:
+            raise ValueError(f'--model and --model-kwargs are not for a folder, its config.json has them: {path}.')
         return create_ensemble(f'local-dir:{path}', pretrained=True), RunCheckpoint(path)
     checkpoint = RunCheckpoint.read(path)
     last = path.with_name('last.pth.tar')

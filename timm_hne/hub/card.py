@@ -9,10 +9,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..tree import prefixes
 
-__all__ = ['render_card', 'renew_card']
+__all__ = ['merge_cards', 'render_card', 'renew_card']
 
 # Between these two comments of the template stands the part that is generated.
 _GENERATED = re.compile(r'<!-- timm-hne: begin\b.*?-->.*?<!-- timm-hne: end\b.*?-->', re.DOTALL)
+_UNTOUCHED = re.compile(r'(# \S+)?')  # what the template has besides: the name
 _METADATA = re.compile(r'\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)', re.DOTALL)
 _OWN_METADATA = ('library_name', 'pipeline_tag', 'model-index')  # the rest belongs to the owner, once it is there
 
@@ -126,6 +127,28 @@ def renew_card(present: str, rendered: str, given: Sequence[str] = ()) -> str:
     renewed = {key: new_metadata[key] for key in (*_OWN_METADATA, *given)}
     added = {key: value for key, value in new_metadata.items() if key not in metadata}
     return _join({**metadata, **added, **renewed}, text)
+
+
+def merge_cards(here: str, there: str, given: Sequence[str] = ()) -> str:
+    """Return the new card of a folder with what its owner wrote into the one on the Hub; that one's metadata prevail.
+
+    Args:
+        here: The card of the folder, whose generated part is new.
+        there: The card on the Hub.
+        given: As for `renew_card`.
+
+    Raises:
+        ValueError: Text was written into both, and differs. The metadata of `there` cannot be read.
+    """
+    (_, text), (metadata, other) = _split(here), _split(there)
+    written, others = (_GENERATED.sub('', part).strip() for part in (text, other))
+    if not _UNTOUCHED.fullmatch(written) and written != others:
+        if not _UNTOUCHED.fullmatch(others):
+            raise ValueError(
+                'README.md was edited in the folder and on the Hub. Write all that shall stay into the one on the Hub, '
+                'and delete the one in the folder.')
+        there = _join(metadata, text)
+    return renew_card(there, here, given)
 
 
 def is_generated(text: str) -> bool:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from ..evaluation.plots import plot_accuracy
+from ..files import write_text
 from ..models.create import check_ensemble
 from ..models.ensemble import HierarchicalEnsemble
 from ..pretrained import CONFIG_NAME, DIGESTS_NAME, RESULTS_NAME, WEIGHTS_NAME, digest, read_digests, state_digest
@@ -90,7 +91,8 @@ def write_folder(
         raise ValueError(f'folder must be new or one that was written before, but {folder} holds something else.')
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    # In the folder itself if it is there: it may be a link, or a file system of its own.
+    with tempfile.TemporaryDirectory(prefix='.', dir=folder if folder.exists() else folder.parent) as temporary:
         new = Path(temporary)
         with _writing(folder / WEIGHTS_NAME):
             save_for_hf(
@@ -129,7 +131,7 @@ def write_folder(
         _check_loads(new, stored)
         folder.mkdir(exist_ok=True)
         names = sorted(path.name for path in new.iterdir() if path.name != DIGESTS_NAME)
-        for name in (*names, DIGESTS_NAME):
+        for name in (DIGESTS_NAME, *names):  # what is interrupted fails its digests, and can be written again
             os.replace(new / name, folder / name)
     return [*names, DIGESTS_NAME]
 
@@ -138,7 +140,7 @@ def write_digests(folder: Path, names: Sequence[str]) -> None:
     """Write the digests of files of a folder."""
     lines = [f'{digest((folder / name).read_bytes())}  {name}\n' for name in sorted(names)]
     with _writing(folder / DIGESTS_NAME):
-        (folder / DIGESTS_NAME).write_text(''.join(lines), encoding='utf-8')
+        write_text(folder / DIGESTS_NAME, ''.join(lines))
 
 
 def present_card(folder: Path) -> str | None:

@@ -9,9 +9,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import write_text
 from ..models.ensemble import HierarchicalEnsemble
 from ..pretrained import DIGESTS_NAME
-from .card import renew_card
+from .card import merge_cards
 from .folder import CARD_NAME, present_card, write_digests, write_folder
 
 __all__ = ['publish']
@@ -140,14 +141,19 @@ def _renew_card(
         head: Any,
         token: str | None,
 ) -> None:
-    """Put what its owner wrote into the card on the Hub into that of the folder."""
+    """Put what its owner wrote into the card on the Hub into that of the folder.
+
+    Raises:
+        ValueError: Both were edited.
+    """
+    path = folder / CARD_NAME
     with tempfile.TemporaryDirectory() as there:
         for name in {file.rfilename for file in head.siblings} & {CARD_NAME, DIGESTS_NAME}:
             hf_hub_download(repo_id, name, revision=head.sha, local_dir=there, token=token)
         present = present_card(Path(there))
     if present is not None:
-        card = renew_card(present, (folder / CARD_NAME).read_text(encoding='utf-8'), given)
-        (folder / CARD_NAME).write_text(card, encoding='utf-8')
+        card = merge_cards(path.read_text(encoding='utf-8'), present, given)
+        write_text(path, card)
         write_digests(folder, [name for name in files if name != DIGESTS_NAME])
 
 

@@ -168,7 +168,7 @@ def _compare(folder: Path, model: HierarchicalEnsemble, input_size: Sequence[int
         for n, found in zip(runtime.schedule, runtime.anytime(x.numpy())):
             with torch.no_grad():
                 expected = model(x.to(weight.device, weight.dtype), num_members=n).float().cpu().numpy()
-            error = np.abs(found - expected).max() / np.abs(expected).max()
+            error = np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30)
             tolerance = TOLERANCE if weight.dtype in (torch.float32, torch.float64) else 5e-2
             if not error <= tolerance:
                 raise RuntimeError(

@@ -84,7 +84,7 @@ def export(
                 torch.export.save(program, temporary)
             for batch in (images, images[:1]):
                 logits = (_onnx_logits if format == 'onnx' else _export_logits)(temporary, batch)
-                error = ((logits - expected[:len(batch)]).abs().max() / expected.abs().max()).item()
+                error = ((logits - expected[:len(batch)]).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
                 if not error <= TOLERANCE:
                     raise RuntimeError(
                         f'The {format} program of {num_members} members differs from the model by {error:.2e} of the '

@@ -183,6 +183,7 @@ class OptimizedEnsemble(nn.Module):
                     else:
                         engines[name] = engine
         if not engines:
+            advance(self.model, frontier, 0, stop)  # says what is wrong with the images, if it is them
             self.reason = '; '.join([*failures, f"PyTorch's compiler serves {self.dtype} on {device.type}"])
             engines = {'inductor': self._make('inductor')}
         chosen = next(iter(engines))

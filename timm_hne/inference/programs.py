@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -267,13 +268,25 @@ class ProgramStore:
         for package in _VERSIONS:
             found.update(f'{package} {importlib.metadata.version(package)}\n'.encode())
         found.update(f'{self.model}\n{self.model.nodes} {self.model.ensemble_size}\n'.encode())
-        files = {path for kind in map(type, self.model.modules()) if (path := _source(kind))}
+        for name, module in self.model.named_modules():
+            # Where a base keeps what `repr` does not show: a number of heads, a way to pool, the code of a graph.
+            plain = {key: value for key, value in sorted(vars(module).items()) if _is_plain(value)}
+            found.update(f'{name} {plain} {getattr(module, "code", "")}\n'.encode())
+        kinds = {kind for module in self.model.modules() for kind in type(module).__mro__}
+        files = {path for kind in kinds if (path := _source(kind))}
         for path in (*sorted(files), __file__, inspect.getfile(advance)):
             found.update(Path(path).read_bytes())
-        for name, tensor in sorted(self.model.state_dict().items()):
+        tensors = {**self.model.state_dict(), **dict(self.model.named_buffers())}  # those that are not stored, too
+        for name, tensor in sorted(tensors.items()):
             found.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
             found.update(tensor.detach().contiguous().numpy().tobytes())
         return found.hexdigest()[:32]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _source(kind: type) -> str | None:

@@ -66,13 +66,12 @@ class AdaptiveRunner:
         input_size: Channels, height and width of the images; the model's own if None.
         max_batch_size: Number of requests of a batch at most.
         max_queue: Number of requests that may wait, whatever the target; as many as can be answered in time if None.
-        min_members: Number of members that an answer has at least.
+        min_members: Number of members that an answer has at least, unless its request asks for fewer.
         max_members: Number of members that an answer has at most; all if None.
-        schedule: Increasing numbers of members to choose from, within the two bounds; 1, 2, 4, ..., N and the bounds
-            if None.
+        schedule: Increasing numbers of members to choose from, within the two bounds. If None, those that the model was
+            exported for, else 1, 2, 4, ..., N; and the bounds.
         warmup_repeats: Number of times each batch size and number of members is measured at the start.
-        freeze_garbage: Keep the garbage collector of the whole process from looking at what there is after the warm-up,
-            for as long as a runner that does so runs; see `timm_hne.process.frozen_garbage`.
+        freeze_garbage: Keep the process's garbage collector off what is there then: `timm_hne.process.frozen_garbage`.
 
     Raises:
         TypeError: An argument is of a wrong type.
@@ -107,8 +106,9 @@ class AdaptiveRunner:
         if min_members > max_members:
             raise ValueError(f'min_members must be at most max_members, got {min_members} and {max_members}.')
         if schedule is None:
-            between = (n for n in prefixes(model.ensemble_size) if min_members < n < max_members)
-            schedule = sorted({min_members, *between, max_members})
+            steps = getattr(model, 'schedule', prefixes(model.ensemble_size))
+            bounds = {min_members, max_members} - {1} or {1}
+            schedule = sorted(bounds.union(n for n in steps if min_members <= n <= max_members))
         self.schedule = validate_schedule(schedule, model.ensemble_size)
         if self.schedule[0] < min_members or self.schedule[-1] > max_members:
             raise ValueError(f'schedule must stay within {min_members} to {max_members} members, got {self.schedule}.')

@@ -32,10 +32,13 @@ def create_ensemble(name: str, **kwargs) -> HierarchicalEnsemble:
     """
     # timm's own models, which timm may unpickle, are refused before their weights are fetched.
     source, architecture = parse_model_name(name)
-    if source == 'hf-hub':
-        _, architecture, _ = load_model_config_from_hf(architecture, cache_dir=kwargs.get('cache_dir'))
-    elif source == 'local-dir':
-        _, architecture, _ = load_model_config_from_path(architecture)
+    try:
+        if source == 'hf-hub':
+            _, architecture, _ = load_model_config_from_hf(architecture, cache_dir=kwargs.get('cache_dir'))
+        elif source == 'local-dir':
+            _, architecture, _ = load_model_config_from_path(architecture)
+    except (AttributeError, KeyError, TypeError) as error:  # what timm makes of the config.json of another library
+        raise ValueError(f"{name} is no model of timm: its config.json lacks timm's keys ({error}).") from error
     is_timms = timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith('timm.')
     model = None if is_timms else timm.create_model(name, **kwargs)
     if not isinstance(model, HierarchicalEnsemble):

@@ -63,7 +63,6 @@ class CutModel:
 def cut_model(
         model: nn.Module,
         taps: int | Sequence[str] | None = None,
-        img_size: int | tuple[int, int] | None = None,
 ) -> CutModel:
     """Cut a timm model into a chain of blocks and a head.
 
@@ -74,7 +73,6 @@ def cut_model(
         model: Any timm model with a classifier. It stays as it is.
         taps: Names of the modules that end a block, in the order of their execution, or the number of blocks. The
             stages of the model's `feature_info` if None, four quarters if these have one resolution.
-        img_size: Height and width of the images that the model expects, if its configuration does not say so.
 
     Raises:
         TypeError: `model` is no timm model, or `taps` is neither a number nor names.
@@ -85,7 +83,7 @@ def cut_model(
     meta = copy_to_meta(model)
     if hasattr(meta, 'set_grad_checkpointing'):
         meta.set_grad_checkpointing(False)
-    size = find_input_size(meta, name, img_size)
+    size = find_input_size(meta, name)
     names, fixed = choose_taps(meta, name, taps)
     graph = _trace(meta, name, names, size)
     if not fixed:
@@ -191,14 +189,12 @@ def _stages(model: nn.Module) -> tuple[list[str], bool]:
     return stages, len(reductions) == 1
 
 
-def find_input_size(meta: nn.Module, name: str, img_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+def find_input_size(meta: nn.Module, name: str) -> tuple[int, int, int]:
     """Return channels, height and width of images that the model takes, `meta` being on the meta device."""
     cfg = meta.pretrained_cfg if isinstance(meta.pretrained_cfg, dict) else vars(meta.pretrained_cfg)
     stated = cfg.get('input_size') or (3, 224, 224)
     embed = getattr(meta, 'patch_embed', None)
     sizes = [getattr(embed, 'img_size', None), getattr(meta, 'img_size', None), stated[1:]]
-    if img_size is not None:
-        sizes = [img_size]
     sizes = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes if size is not None]
     convolutions = (module.in_channels for module in meta.modules() if isinstance(module, nn.Conv2d))
     channels = [getattr(meta, 'in_chans', None), next(convolutions, None), stated[0]]
@@ -217,8 +213,8 @@ def find_input_size(meta: nn.Module, name: str, img_size: int | tuple[int, int] 
         except Exception as failure:
             error = failure
     raise ValueError(
-        f'{name} takes no images of {" or ".join(f"{h}x{w}" for h, w in dict.fromkeys(sizes))} pixels, say which with '
-        f'img_size: {error}') from error
+        f'{name} takes no images of {" or ".join(f"{h}x{w}" for h, w in dict.fromkeys(sizes))} pixels, '
+        f'create it with another img_size: {error}') from error
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -132,7 +132,7 @@ class StageGraph:
         except Exception as error:
             height, width = self.images.shape[2:]
             raise CutError(
-                f'it takes no images of {height}x{width} pixels, say which with img_size: {error}') from error
+                f'it takes no images of {height}x{width} pixels, create it with another img_size: {error}') from error
         return interpreter
 
     def _follow_training(self, evaluation: torch.fx.Graph) -> None:

@@ -8,6 +8,7 @@ import timm
 from timm.models import PretrainedCfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models._input import get_model_input_config
 
+from ..tree import validate_nodes
 from .from_timm import HNEFromTimm
 from .weights import NOISE, SOURCES, as_names, build_model
 
@@ -134,6 +135,8 @@ def hne_from_timm(
         raise ValueError(f'hne_from_timm has no weights of its own, got the tag {pretrained_cfg!r}; base takes a tag.')
     cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
     published = cfg is not None and any(getattr(cfg, key) for key in SOURCES)
+    if kwargs.get('nodes') is not None:
+        kwargs['nodes'] = validate_nodes(kwargs['nodes'])
     if not published:  # timm's scripts pass the cfg below
         cfg = _cfg_of(base, kwargs.get('nodes'))
         if not cfg.num_classes and 'num_classes' not in kwargs:

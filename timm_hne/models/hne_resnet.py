@@ -87,6 +87,7 @@ class HNEResNet(BranchedEnsemble):
     ):
         nodes = validate_nodes(nodes, len(self.stages) + 1)
         check_integer('in_chans', in_chans, 1)
+        check_integer('width', width, 1)
         check_number('drop_path_rate', drop_path_rate, 0, 1)
         dd = {'device': device, 'dtype': dtype}
         chs = 4 * width

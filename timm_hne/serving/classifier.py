@@ -78,6 +78,9 @@ class Classifier:
         results: Rows of the model's evaluation by n; None if it is not known.
         max_pixels: Number of pixels of an image at most.
 
+    Raises:
+        ValueError: The model is not for grey or colour images.
+
     Attributes:
         model: The model, for `AdaptiveRunner` and whatever else takes one.
         ensemble_size: Number of members, N.
@@ -111,6 +114,11 @@ class Classifier:
         self.max_pixels = max_pixels
         data_config = resolve_model_data_config(model)
         self.input_size: tuple[int, int, int] = tuple(data_config['input_size'])
+        channels = {model.in_chans, self.input_size[0], len(data_config['mean']), len(data_config['std'])}
+        if channels not in ({1}, {3}):
+            raise ValueError(
+                f'model must be for images of 1 or 3 channels, which its cfg must say too, got in_chans='
+                f'{model.in_chans}, input_size={self.input_size}, mean={data_config["mean"]}.')
         self._transform = create_transform(**data_config)
         # Edge that images are resized to before they are cropped.
         self._edge = math.ceil(max(self.input_size[1:]) / (data_config.get('crop_pct') or 1))
@@ -169,7 +177,7 @@ class Classifier:
         if width * height > self.max_pixels:
             raise ImageError(f'it has {width}x{height} pixels, more than the {self.max_pixels:,} that are allowed')
         # Images are resized by their shorter edge, so a long strip would become a huge one.
-        if max(size) / min(size) * self._edge ** 2 > self.max_pixels:
+        if max(size) / min(size) * self._edge ** 2 > max(self.max_pixels, 16 * self._edge ** 2):
             raise ImageError(f'it has {width}x{height} pixels, and is too long for its width')
 
     def image(self, source: bytes | str | os.PathLike | Image.Image) -> torch.Tensor:

@@ -63,8 +63,8 @@ class ExportedEnsemble(nn.Module):
     def _apply(self, fn, recurse: bool = True) -> 'ExportedEnsemble':
         super()._apply(fn, recurse)
         if self.place.device.type != 'cpu' or self.place.dtype != torch.float32:
-            raise ValueError(
-                f'exported programs run on a CPU in float32, not on {self.place.device.type} in {self.place.dtype}.')
+            place, self.place.data = self.place.data, torch.empty(0)
+            raise ValueError(f'exported programs run on a CPU in float32, not on {place.device.type} in {place.dtype}.')
         return self
 
     def forward(self, x: torch.Tensor, num_members: int | None = None) -> torch.Tensor:
@@ -83,6 +83,8 @@ class ExportedEnsemble(nn.Module):
         if start == 0:
             check_images(frontier[0], self.in_chans)
             images = frontier[0].detach().float().contiguous()
+            if len(images):
+                self.runtime.check(images.numpy())
             logits, features = images.new_zeros(len(images), 0, self.num_classes), {'images': images}
         else:
             logits, features = frontier

@@ -20,18 +20,12 @@ from timm.utils import CheckpointSaver, NativeScaler, load_checkpoint_metadata
 from ..models.create import create_ensemble
 from ..models.ensemble import HierarchicalEnsemble
 from ..models.weights import NOISE, load_grown, read_sizes
-from .recipe import TrainConfig, image_preparation, in_phase, so_far
+from .recipe import FREE_KEYS, TrainConfig, image_preparation, in_phase, so_far
 from .summary import Summary
 
-__all__ = ['FREE_KEYS', 'CheckpointWriter', 'RunCheckpoint', 'load_checkpoint', 'recipe_of']
+__all__ = ['CheckpointWriter', 'RunCheckpoint', 'load_checkpoint', 'recipe_of']
 
 _logger = logging.getLogger(__name__)
-
-# Keys of a recipe that may change when a run is continued: they say where and how it runs, not what it computes.
-FREE_KEYS = (
-    'data_dir', 'output_dir', 'resume', 'download', 'num_workers', 'device', 'log', 'best_members', 'log_interval',
-    'progress',
-)
 
 # What a checkpoint holds besides, and files of the machine in our names or timm's.
 _NOT_IN_RECIPES = ('label_names', 'world_size', 'initial_checkpoint', 'data', 'output')
@@ -104,7 +98,7 @@ class RunCheckpoint:
             RuntimeError: There are checkpoints, but all are damaged.
         """
         # What timm's saver leaves under its temporary name, if it is killed, is no checkpoint yet.
-        files = sorted(path for path in folder.glob('*.pth.tar') if path.name != _UNFINISHED)
+        files = sorted(path for path in folder.glob('[!.]*.pth.tar') if path.name != _UNFINISHED)
         if (files or (folder / Summary.NAME).exists()) and not resume:
             raise FileExistsError(
                 f'output_dir {folder} holds a run already; continue it with resume, or choose another.')
@@ -127,8 +121,10 @@ class RunCheckpoint:
 
     @classmethod
     def _read_metadata(cls, path: Path, argument: str = 'checkpoint') -> 'RunCheckpoint':
+        with open(path, 'rb') as file:  # a file that may not be read is not damaged, and stops the run
+            whole = zipfile.is_zipfile(file)
         try:
-            if not zipfile.is_zipfile(path):
+            if not whole:
                 raise ValueError('it is no checkpoint of PyTorch 1.6 or later, or is cut off')
             content = dict(load_checkpoint_metadata(str(path)))
             args = content.get('args') or {}

@@ -79,7 +79,7 @@ def classes_without_strays(reader: ReaderImageFolder, class_map: Mapping[str, in
         FileNotFoundError: There are no class folders at all.
     """
     folder, extensions = Path(reader.root), get_img_extensions(as_set=True)
-    strays = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in extensions and path.is_file())
+    strays = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in extensions and not path.is_dir())
     if not strays:
         return None
     if class_map is not None:

@@ -13,7 +13,7 @@ from ..models.weights import NOISE
 from .losses import OBJECTIVES
 from .trackers import LOGS
 
-__all__ = ['RECIPES', 'TrainConfig', 'image_preparation', 'in_phase', 'read_recipe', 'so_far']
+__all__ = ['FREE_KEYS', 'RECIPES', 'TrainConfig', 'image_preparation', 'in_phase', 'read_recipe', 'so_far']
 
 RECIPES = Path(__file__).parents[1] / 'recipes'
 
@@ -24,6 +24,12 @@ _RUN_KEYS = (
     'phases', 'seed', 'device', 'output_dir', 'resume', 'log', 'best_members',
 )
 
+# What may change when a run is continued: where and how it runs, not what it computes.
+FREE_KEYS = (
+    'data_dir', 'output_dir', 'resume', 'download', 'num_workers', 'device', 'log', 'best_members', 'log_interval',
+    'progress',
+)
+
 # Keys, what their values must be, and the test of each number. A key without a value is always in range.
 _RANGES = (
     (
@@ -31,7 +37,8 @@ _RANGES = (
          'best_members'),
         'at least 1', lambda x: x >= 1,
     ),
-    (('num_workers', 'crop_padding', 'seed'), 'at least 0', lambda x: x >= 0),
+    (('num_workers', 'crop_padding'), 'at least 0', lambda x: x >= 0),
+    (('seed',), 'at least 0 and below 2**32', lambda x: 0 <= x < 2 ** 32),  # NumPy's
     (('val_fraction', 'smoothing', 'ema_decay'), 'at least 0 and below 1', lambda x: 0 <= x < 1),
     (('hflip', 'alpha'), 'from 0 to 1', lambda x: 0 <= x <= 1),
     (('scale', 'crop_pct'), 'above 0 and at most 1', lambda x: 0 < x <= 1),
@@ -144,12 +151,15 @@ class TrainConfig:
         for names, allowed, fits in _RANGES:
             for name in names:
                 value = getattr(self, name)
-                if value is not None and not all(map(fits, value if isinstance(value, tuple) else (value,))):
+                values = value if isinstance(value, tuple) else (value,)
+                if value is not None and not (values and all(map(fits, values))):
                     raise ValueError(f'{name} must be {allowed}, got {value}.')
         if self.in_chans not in (1, 3):
             raise ValueError(f'in_chans must be 1 or 3, got {self.in_chans}.')
         if len(self.scale) != 2 or self.scale[0] > self.scale[1]:
             raise ValueError(f'scale must be two numbers, the smaller first, got {self.scale}.')
+        if list(self.decay_milestones) != sorted({epoch for epoch in self.decay_milestones if epoch > 0}):
+            raise ValueError(f'decay_milestones must be at least 1 and increase, got {self.decay_milestones}.')
         for name in ('num_classes', 'in_chans', 'pretrained'):
             if name in self.model_kwargs:
                 raise ValueError(f'model_kwargs must not hold {name}, use the key {name}.')
@@ -167,6 +177,8 @@ class TrainConfig:
                 raise ValueError(f'phases must each say their epochs, not so phase {number}: {phase}.')
             if fixed := [name for name in phase if name in _RUN_KEYS]:
                 raise ValueError(f'phases must not change {fixed[0]}, as phase {number} does: {phase}.')
+            if phase.get('model_kwargs') is not None:
+                _coerce('model_kwargs', dict, phase['model_kwargs'])
         total = sum(phase.epochs for _, phase in self.split())
         if self.epochs not in (total, type(self).epochs):
             raise ValueError(f'epochs must be left out, or {total} as the phases have together, got {self.epochs}.')
@@ -208,13 +220,17 @@ def in_phase(recipe: Mapping[str, Any], phase: Mapping[str, Any]) -> dict[str, A
 
 
 def so_far(recipe: Mapping[str, Any], epoch: int | None) -> dict[str, Any]:
-    """Return a recipe as far as a run depends on it up to and with an epoch: with the phases that have begun."""
+    """Return a recipe as far as a run depends on it up to and with an epoch: with the phases that have begun.
+
+    The `FREE_KEYS` of the recipe stay, those of its phases do not.
+    """
     done = math.inf if epoch is None else epoch + 1
     phases, start = [], 0
     for phase in recipe['phases']:
         if start < done:
             constant = in_phase(recipe, phase)['sched'] == 'constant'
-            phases.append({**phase, 'epochs': min(phase['epochs'], done - start) if constant else phase['epochs']})
+            fixed = {key: value for key, value in phase.items() if key not in FREE_KEYS}
+            phases.append({**fixed, 'epochs': min(phase['epochs'], done - start) if constant else phase['epochs']})
         start += phase['epochs']
     return {**recipe, 'phases': phases, 'epochs': None if phases else recipe['epochs']}
 
@@ -238,7 +254,7 @@ def _coerce(name: str, annotation: Any, value: Any) -> Any:
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-5 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif kind is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(name, get_args(kinds[0])[0], item) for item in value)
@@ -255,9 +271,11 @@ def read_recipe(name: str, folder: Path = RECIPES, above: tuple[Path, ...] = ())
 
     Raises:
         FileNotFoundError: There is no such recipe; the message lists those that there are.
+        TypeError: A base is no name.
         ValueError: The file holds no keys, or a recipe is its own base.
     """
-    path = next((path for path in (Path(name), folder / name) if path.is_file()), None)
+    places = (folder / name, Path(name)) if above else (Path(name), folder / name)
+    path = next((path for path in places if path.is_file()), None)
     if path is None:
         known = ', '.join(sorted(path.name for path in RECIPES.glob('*.yaml')))
         raise FileNotFoundError(f'there is no recipe {name!r}; {RECIPES} has {known}.')
@@ -266,9 +284,11 @@ def read_recipe(name: str, folder: Path = RECIPES, above: tuple[Path, ...] = ())
         raise ValueError(f'recipe {path} is its own base: {" -> ".join(step.name for step in above)}.')
     try:
         recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that there is not
         raise ValueError(f'recipe {path} is not YAML: {" ".join(str(error).split())}') from error
     if not isinstance(recipe, dict):
         raise ValueError(f'recipe {path} must hold keys and values.')
     base = recipe.pop('base', None)
-    return {**(read_recipe(base, path.parent, above) if base else {}), **recipe}
+    if not isinstance(base, str | None):
+        raise TypeError(f'base of recipe {path} must be the name of another recipe, got {base!r}.')
+    return {**(read_recipe(base, path.parent, above) if base is not None else {}), **recipe}

@@ -101,3 +101,8 @@ class Summary:
         if self.tracker is not None:
             values = {**{f'train/{k}': v for k, v in train.items()}, **{f'eval/{k}': v for k, v in evaluated.items()}}
             self.tracker.add(epoch, {**values, 'lr': lr})
+
+    def close(self) -> None:
+        """End what follows the run besides."""
+        if self.tracker is not None:
+            self.tracker.close()

@@ -1,10 +1,10 @@
 """What follows a run besides its CSV file: TensorBoard, Weights & Biases or MLflow, and the best of its checkpoints."""
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import write_file
 from ..tree import prefixes
 
 __all__ = ['LOGS', 'BestCheckpoint', 'open_tracker']
@@ -22,6 +22,9 @@ class _TensorBoard:
             self.writer.add_scalar(name, value, epoch)
         self.writer.flush()
 
+    def close(self) -> None:
+        self.writer.close()
+
 
 class _WandB:
     """A run of Weights & Biases; project and the like are set by its own variables (WANDB_PROJECT, WANDB_MODE)."""
@@ -37,6 +40,9 @@ class _WandB:
 
     def add(self, epoch: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=epoch)
+
+    def close(self) -> None:
+        self.run.finish()  # one that is open would take what the next run of the process logs
 
 
 class _MLflow:
@@ -55,6 +61,9 @@ class _MLflow:
 
     def add(self, epoch: int, values: Mapping[str, float]) -> None:
         self.client.log_metrics(dict(values), step=epoch, run_id=self.run_id)
+
+    def close(self) -> None:
+        pass  # ended above
 
 
 # Names, what is opened, and the package that it needs. The CSV file is there in any case: a resumed run reads it.
@@ -76,7 +85,7 @@ def open_tracker(log: str | None, folder: Path, start_epoch: int, config: Mappin
         config: What is recorded of the run.
 
     Returns:
-        An object with `add(epoch, values)`, or None.
+        An object with `add(epoch, values)` and `close()`, or None.
 
     Raises:
         ImportError: The package of `log` is not installed.
@@ -122,8 +131,6 @@ class BestCheckpoint:
             last: The checkpoint.
         """
         accuracies = {e: float(row[self.key]) for e, row in self.rows.items() if row.get(self.key) not in (None, '')}
-        if epoch in accuracies and accuracies[epoch] >= accuracies.get(self.kept, 0.):
-            temporary = last.with_name(f'{self.NAME}.tmp')
-            shutil.copyfile(last, temporary)
-            os.replace(temporary, last.with_name(self.NAME))
+        if epoch in accuracies and epoch != self.kept and accuracies[epoch] >= accuracies.get(self.kept, 0.):
+            write_file(last.with_name(self.NAME), lambda path: shutil.copyfile(last, path))
             self.kept = epoch

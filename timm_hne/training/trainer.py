@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,13 +86,17 @@ def train(config: TrainConfig, keep_memory: bool = False) -> TrainResult:
         ValueError: The data, the checkpoint and the configuration do not fit together.
     """
     name = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name.startswith('cuda') and not torch.cuda.is_available():
+        raise ValueError(f'device must be one that PyTorch finds, got {name!r}; it finds no CUDA.')
     world = SimpleNamespace(device=name)
     device = init_distributed_device(world)
     if keep_memory and device.type == 'cpu':
         keep_freed_memory()
     try:
-        with _locked(Path(config.output_dir)) if world.rank == 0 else nullcontext():
-            return _train_phases(config, device, world.rank, world.world_size)
+        with _locked(Path(config.output_dir)) if world.rank == 0 else nullcontext(), ExitStack() as closing:
+            if world.distributed:
+                dist.barrier()  # a run that has just ended may have left another checkpoint while the first one waited
+            return _train_phases(config, device, world.rank, world.world_size, closing)
     finally:
         if world.distributed:
             dist.destroy_process_group()
@@ -111,7 +115,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _train_phases(config: TrainConfig, device: torch.device, rank: int, world_size: int) -> TrainResult:
+def _train_phases(
+        config: TrainConfig, device: torch.device, rank: int, world_size: int, closing: ExitStack) -> TrainResult:
     """Train the phases of a run, each from the weights that the one before it has left."""
     checkpoint = RunCheckpoint.newest(Path(config.output_dir), config.resume)
     random_seed(config.seed)
@@ -131,7 +136,7 @@ def _train_phases(config: TrainConfig, device: torch.device, rank: int, world_si
             random_seed(config.seed)  # the phase before may have run in this process or in an earlier one
         weights = None if result is None else result.model.state_dict()
         # Nothing keeps the phase before, and with it the images in memory, but its result.
-        result = _Phase(config, start, part, data, checkpoint, weights, device, rank, world_size).run(history)
+        result = _Phase(config, start, part, data, checkpoint, weights, device, rank, world_size, closing).run(history)
         checkpoint = None
     return result
 
@@ -158,6 +163,7 @@ class _Phase:
             device: torch.device,
             rank: int,
             world_size: int,
+            closing: ExitStack,
     ):
         self.device, self.rank, self.world_size = device, rank, world_size
         self.output_dir = Path(config.output_dir)
@@ -231,6 +237,7 @@ class _Phase:
                 self.output_dir, model, self.task, self.optimizer, self.scaler, recorded, label_names, checkpoint,
                 world_size)
             self.summary = Summary(self.output_dir, self.start_epoch, whole.log, recipe_of(asdict(whole)))
+            closing.callback(self.summary.close)
             self.best = BestCheckpoint(
                 whole.best_members, self.summary.rows, _epoch_of(self.output_dir / BestCheckpoint.NAME))
             if checkpoint is not None:  # which may have been written, and not yet kept, when the run was interrupted
@@ -331,16 +338,20 @@ class _Phase:
         self.evaluated.eval()
         limit = evaluation_sample_limit(self.val_loader)
         sizes = prefixes(self.model.ensemble_size)
-        evaluators = {n: self.task.create_evaluator(max_samples=limit) for n in sizes}
+        evaluators = {n: self.task.create_evaluator() for n in sizes}
+        seen = 0
         for images, target in self.val_loader:
             if self.config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with self._autocast():
                 member_logits = self.evaluated(images)
-            readable = target >= 0
-            outputs = prefix_means(member_logits.float())[readable]
+            counted = target >= 0  # the others are unreadable
+            if limit is not None:
+                counted[max(limit - seen, 0):] = False  # repeated, for the processes to have equally many
+            seen += len(target)
+            outputs = prefix_means(member_logits.float())[counted]
             for index, evaluator in enumerate(evaluators.values()):
-                evaluator.update(outputs[:, index], target[readable])
+                evaluator.update(outputs[:, index], target[counted])
         results = {n: evaluator.compute(distributed=self.world_size > 1) for n, evaluator in evaluators.items()}
         return {**{f'top1_{n}': results[n]['top1'] for n in sizes}, 'loss': results[sizes[-1]]['loss']}
 
