@@ -1,6 +1,7 @@
 """What a run refuses before its first epoch, what it needs to go on, and what it keeps."""
 import json
 import shutil
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +54,7 @@ def test_one_process_downloads_for_all(options, monkeypatch, rank, order):  # no
     monkeypatch.setattr(trainer, 'dist', SimpleNamespace(barrier=lambda: seen.append('barrier')))
     monkeypatch.setattr(trainer, '_Phase', stop)
     with pytest.raises(KeyboardInterrupt):
-        trainer._train_phases(TrainConfig(**options, download=True), torch.device('cpu'), rank, 2)
+        trainer._train_phases(TrainConfig(**options, download=True), torch.device('cpu'), rank, 2, ExitStack())
     assert seen == order
 
 
@@ -66,6 +67,7 @@ def test_a_log_without_checkpoints_is_not_overwritten(options, tmp_path):  # noq
 
 
 @pytest.mark.parametrize('changed, message', [
+    ({'phases': [{'epochs': 1}, {'epochs': 1, 'opt': 'sgdd'}]}, 'Optimizer sgdd'),
     ({'best_members': 3}, r'best_members .*1, 2, 4.* 3'),
     ({'phases': [{'epochs': 1, 'model_kwargs': {'nodes': [1, 1, 1, 2, 2]}},
                  {'epochs': 1, 'model_kwargs': {'nodes': [1, 1, 1, 1, 4]}}]}, r'nodes=\(1, 1, 1, 2, 2\)'),

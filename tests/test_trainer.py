@@ -751,9 +751,7 @@ def test_recipes_are_valid(path):
             **config.model_kwargs)
         task = trainer.HNETask(
             model, objective=config.objective, alpha=config.alpha, temperature=config.temperature, verbose=False)
-        optimizer = trainer.create_optimizer_v2(
-            task.get_trainable_module(), opt=config.opt, lr=config.lr, momentum=config.momentum,
-            weight_decay=config.weight_decay, **config.opt_kwargs)
+        optimizer = setup.create_optimizer(task.get_trainable_module(), config)
         scheduler = trainer.create_scheduler(optimizer, config, updates_per_epoch=10)
         for epoch in range(config.epochs):
             scheduler.step(epoch)

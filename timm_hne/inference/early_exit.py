@@ -134,8 +134,8 @@ def early_exit(
         x: Images `(B, C, H, W)`.
         threshold: What the criterion must reach: at least this, or at most this for the entropy.
         criterion: 'confidence', 'margin', 'entropy' or 'agreement'; see `exit_scores`.
-        schedule: Increasing numbers of members after which images may leave; 1, 2, 4, ..., N if None. The last is
-            what the least sure images get.
+        schedule: Increasing numbers of members after which images may leave; if None, those that the model was exported
+            for, else 1, 2, 4, ..., N. The last is what the least sure images get.
 
     Raises:
         TypeError: An argument is of a wrong type.
@@ -144,6 +144,7 @@ def early_exit(
     check_ready(model)
     check_images(x, model.in_chans)
     validate_criterion(criterion, threshold, model.num_classes)
+    schedule = getattr(model, 'schedule', None) if schedule is None else schedule
     schedule = validate_schedule(schedule, model.ensemble_size)
     return exit_in_batch(model, x, torch.full((len(x),), float(threshold)), criterion, schedule)
 

@@ -127,19 +127,20 @@ def _check_sizes(
 ) -> None:
     """Check that the weights are those of the model that a `config.json` describes.
 
-    The time and memory that this takes depend on the size of the weights, not on what the file asks for.
+    The time and memory that this takes depend on the size of the weights, not on what the file asks for; but a base of
+    `hne_from_timm` is built, without weights, as its `base_args` have it.
     """
-    for name, stated in ('num_classes', cfg.num_classes), ('in_chans', cfg.input_size[0]):
-        if model_args.get(name, stated) != stated:
-            raise ValueError(f'{CONFIG_NAME} contradicts itself: {name} is {model_args[name]!r} as well as {stated}.')
-    stated = {**on_meta, **model_args, 'num_classes': cfg.num_classes, 'in_chans': cfg.input_size[0]}
-    stated.pop('num_members', None)  # chosen by who loads
-    nodes = model_args.get('nodes')
-    counted = isinstance(nodes, (list, tuple))
-    if counted:
-        # A block can have a module for each node: as many as the weights have are built later, the first ones do here.
-        stated['nodes'] = (1,) * len(nodes)
     try:
+        for name, stated in ('num_classes', cfg.num_classes), ('in_chans', cfg.input_size[0]):
+            if model_args.get(name, stated) != stated:
+                raise ValueError(f'{name} is {model_args[name]!r} as well as {stated}.')
+        stated = {**on_meta, **model_args, 'num_classes': cfg.num_classes, 'in_chans': cfg.input_size[0]}
+        stated.pop('num_members', None)  # chosen by who loads
+        nodes = model_args.get('nodes')
+        counted = isinstance(nodes, (list, tuple))
+        if counted:
+            # A block can have a module for each node: as many as the weights have are built later, the first do here.
+            stated['nodes'] = (1,) * len(nodes)
         model = model_cls(**stated)
         found = {name: len(parts) for name, parts in node_weights(weights, model).items()}
         if counted and list(nodes) != [found.get(f'blocks.{b}') for b in range(len(nodes))]:

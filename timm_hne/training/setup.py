@@ -3,8 +3,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.models import create_model
+from timm.optim import create_optimizer_v2
 from torch.utils.data import Dataset, IterableDataset
 
 from ..models.ensemble import HierarchicalEnsemble
@@ -12,9 +14,10 @@ from ..models.weights import load_grown
 from .checkpoint import RunCheckpoint
 from .datasets import create_datasets
 from .recipe import TrainConfig, image_preparation
+from .scheduler import create_scheduler
 from .trackers import BestCheckpoint
 
-__all__ = ['check_phases', 'create_trained_model', 'open_data']
+__all__ = ['check_phases', 'create_optimizer', 'create_trained_model', 'open_data']
 
 
 def open_data(config: TrainConfig) -> tuple[Dataset, Dataset, list[str] | None, int]:
@@ -73,7 +76,9 @@ def check_phases(config: TrainConfig, num_classes: int) -> None:
         num_classes: Number of classes of the data.
 
     Raises:
-        ValueError: The tree of a phase cannot grow out of the one before, or the last has no `best_members`.
+        TypeError: A phase has arguments that its optimizer does not take.
+        ValueError: The tree of a phase cannot grow out of the one before, its optimizer or its schedule is none, or the
+            last has no `best_members`.
     """
     before = None
     for _, part in config.split():
@@ -81,10 +86,24 @@ def check_phases(config: TrainConfig, num_classes: int) -> None:
             part.model, num_classes=num_classes, in_chans=part.in_chans, device='meta', **part.model_kwargs)
         if not isinstance(model, HierarchicalEnsemble):
             return  # which is said when it is created
+        create_scheduler(create_optimizer(model, part), part, updates_per_epoch=1)
         if before is not None:
             load_grown(model, before.state_dict(), part.grow_noise)
         before = model
     BestCheckpoint(config.best_members, {}).check(before.ensemble_size)
+
+
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Create the optimizer of a recipe, by timm."""
+    return create_optimizer_v2(
+        model,
+        opt=config.opt,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        filter_bias_and_bn=config.filter_bias_and_bn,
+        **config.opt_kwargs,
+    )
 
 
 def create_trained_model(

@@ -18,7 +18,6 @@ import torch.nn as nn
 from filelock import FileLock, Timeout
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2
 from timm.task import evaluation_sample_limit
 from timm.utils import NativeScaler, distribute_bn, init_distributed_device, random_seed
 from torch.utils.data import Dataset, IterableDataset
@@ -33,7 +32,7 @@ from .epoch_losses import EpochLosses, NonFiniteLossError
 from .loader import create_image_loader, seed_epoch
 from .recipe import TrainConfig
 from .scheduler import create_scheduler
-from .setup import check_phases, create_trained_model, open_data
+from .setup import check_phases, create_optimizer, create_trained_model, open_data
 from .summary import Summary
 from .task import HNETask
 from .trackers import BestCheckpoint
@@ -194,15 +193,7 @@ class _Phase:
             device=device,
             verbose=rank == 0,
         )
-        self.optimizer = create_optimizer_v2(
-            self.task.get_trainable_module(),
-            opt=config.opt,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            filter_bias_and_bn=config.filter_bias_and_bn,
-            **config.opt_kwargs,
-        )
+        self.optimizer = create_optimizer(self.task.get_trainable_module(), config)
         self.scaler = NativeScaler(device.type) if config.amp and config.amp_dtype == 'float16' else None
 
         self.start_epoch = start
