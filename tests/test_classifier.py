@@ -178,8 +178,9 @@ def test_an_exported_model_stands_in_for_an_ensemble(places, images):
     assert exported(images[:0]).shape == (0, 10)
     with pytest.raises(ValueError):
         exported.train()
-    with pytest.raises(ValueError):
-        exported.to(torch.bfloat16)
+    for place in (torch.bfloat16, 'meta'):
+        with pytest.raises(ValueError, match='CPU in float32'):
+            exported.to(place)
     assert next(exported.parameters()).dtype == torch.float32
     with pytest.raises(ValueError):
         exported(images, num_members=5)

@@ -266,12 +266,22 @@ def test_what_a_base_keeps_to_itself_tells_programs_apart(cache, made):
         def forward(self, x):
             return x + self.shift
 
+    class Weigh(torch.nn.Module):
+        def __init__(self, **factors):
+            super().__init__()
+            self.factors = factors
+
+        def forward(self, x):
+            return x * self.factors['all'][0]
+
     x = images()
-    for extra in (Scale(1.), Scale(2.), Shift(1.), Shift(2.)):
-        model = tiny_ensemble((1, 1), 'replicated')
+    for extra in (Scale(1.), Scale(2.), Shift(1.), Shift(2.), Weigh(all=[3.]), Weigh(all=[4.])):
+        model = tiny_ensemble((1, 2), 'replicated')
         model.blocks[0][0].append(extra)
         assert_like(optimize_for_inference(model, engine='onnxruntime')(x), model(x))
-    assert made == [(0, 1)] * 4
+        model.num_members = 1  # what is evaluated if nobody says so makes no other programs
+        assert_like(optimize_for_inference(model, engine='onnxruntime')(x, 2), model(x, 2))
+    assert made == [(0, 1), (1, 2)] * 6
 
 
 def test_images_that_do_not_fit_do_not_choose_the_engine():

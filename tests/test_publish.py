@@ -328,14 +328,35 @@ def test_the_card_of_the_folder_is_kept_beside_one_on_the_hub(alice, quick, mode
     card = card_on_the_hub(alice)
     assert OWN_TEXT in card and ModelCard(card).data.license == 'mit'
 
-    path.write_text(card.replace('My pictures', 'Our pictures'))
+    path.write_text(card.replace('My pictures', 'Our pictures'))  # again, and here alone
+    send(model)
+    card = card_on_the_hub(alice)
+    assert 'Our pictures' in card
+
+    for change in ('# All pictures\n', '', '# All\r\n\r\npictures\r\n'):  # again and again, and there alone
+        head, begin, rest = card_on_the_hub(alice).partition('<!--')
+        edit(alice, f'{head[:head.rindex("---") + 4]}{change}{begin}{rest}')
+        send(model)
+        send(model)
+        assert change in card_on_the_hub(alice) and 'Our' not in card_on_the_hub(alice)
+
+    path.write_text(path.read_text() + 'Mine.')
+    edit(alice, card_on_the_hub(alice) + 'Yours.')
     commits = len(alice.commits('alice/net'))
     with pytest.raises(ValueError, match=r'README\.md .*folder and on the Hub'):
         send(model)
-    assert len(alice.commits('alice/net')) == commits and 'Our pictures' in path.read_text()
+    assert len(alice.commits('alice/net')) == commits and 'Mine.' in path.read_text()
     path.unlink()
     send(model)
-    assert 'My pictures' in card_on_the_hub(alice)
+    assert 'Yours.' in card_on_the_hub(alice)
+
+
+def test_what_a_killed_run_left_in_the_folder_is_no_obstacle(alice, quick, model):
+    left = Path('net/.timm_hne-abc')
+    left.mkdir(parents=True)
+    (left / 'model.safetensors').write_bytes(b'half')
+    send(model, dry_run=True)
+    assert not left.exists() and Path('net/model.safetensors').exists()
 
 
 @pytest.mark.parametrize('in_chans', [1, 3])

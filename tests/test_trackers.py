@@ -6,7 +6,7 @@ import pytest
 from test_trainer import data_dir, options, rows  # noqa: F401
 
 from timm_hne.training import TrainConfig, train
-from timm_hne.training.checkpoint import RunCheckpoint
+from timm_hne.training.checkpoint import CheckpointWriter, RunCheckpoint
 from timm_hne.training.trackers import BestCheckpoint, open_tracker
 
 VALUES = {'train/loss': 0.5, 'eval/top1_4': 75.}
@@ -57,7 +57,17 @@ def test_a_run_that_is_followed(options, calls, tmp_path):  # noqa: F811
     train(TrainConfig(**{**options, 'epochs': 2}, log='wandb'))
     assert calls[0][2]['config']['epochs'] == 2 and 'data_dir' not in calls[0][2]['config']
     assert [call[2]['step'] for call in calls[1:-1]] == [0, 1]
-    assert calls[-1][0] == 'finish'  # or a second run of this process would go on with it
+    assert calls[-1] == ('finish', (), {'exit_code': 0})  # or a second run of this process would go on with it
+
+
+def test_a_run_that_fails_is_recorded_as_such(options, calls, monkeypatch):  # noqa: F811
+    def stop(self, epoch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointWriter, 'save', stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**options, log='wandb'))
+    assert calls[-1] == ('finish', (), {'exit_code': 1})
     logged = calls[2][1][0]
     assert logged['eval/top1_4'] == float(rows(options['output_dir'])[1]['eval_top1_4'])
     assert logged['lr'] == float(rows(options['output_dir'])[1]['lr'])

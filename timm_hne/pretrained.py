@@ -103,7 +103,7 @@ def read_results(source: str, model: torch.nn.Module) -> dict[str, Any] | None:
             data = _fetch(source.partition(':')[2], (RESULTS_NAME,), None)[RESULTS_NAME]
         elif (path := Path(source.removeprefix('local-dir:'))).exists():
             folder = path if path.is_dir() else path.parent
-            data = _read_folder(folder, (RESULTS_NAME,))[RESULTS_NAME]
+            data = (folder / RESULTS_NAME).read_bytes()  # may be newer than the folder; it names its weights
         else:
             cfg = model.pretrained_cfg
             data = (PACKAGED / f'{cfg["architecture"]}.{cfg.get("tag")}.json').read_bytes()

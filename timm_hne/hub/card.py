@@ -129,19 +129,19 @@ def renew_card(present: str, rendered: str, given: Sequence[str] = ()) -> str:
     return _join({**metadata, **added, **renewed}, text)
 
 
-def merge_cards(here: str, there: str, given: Sequence[str] = ()) -> str:
-    """Return the new card of a folder with what its owner wrote into the one on the Hub; that one's metadata prevail.
+def merge_cards(there: str, here: str, given: Sequence[str] = ()) -> str:
+    """Return the new card of a folder with what its owner wrote into it or the one on the Hub, whose metadata prevail.
 
     Args:
-        here: The card of the folder, whose generated part is new.
         there: The card on the Hub.
+        here: The card of the folder, whose generated part is new.
         given: As for `renew_card`.
 
     Raises:
         ValueError: Text was written into both, and differs. The metadata of `there` cannot be read.
     """
-    (_, text), (metadata, other) = _split(here), _split(there)
-    written, others = (_GENERATED.sub('', part).strip() for part in (text, other))
+    (metadata, other), (_, text) = _split(there), _split(here)
+    others, written = (_GENERATED.sub('', part).replace('\r\n', '\n').strip() for part in (other, text))
     if not _UNTOUCHED.fullmatch(written) and written != others:
         if not _UNTOUCHED.fullmatch(others):
             raise ValueError(

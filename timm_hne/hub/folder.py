@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ RECIPE_NAME = 'recipe.yaml'
 PLOT_NAME = 'accuracy.png'
 DTYPES = {'float16': torch.float16, 'float32': torch.float32}
 COLUMNS = ('num_members', 'top1', 'top5', 'macs', 'logit_std', 'nll', 'ece')
+_TEMPORARY = '.timm_hne-'  # begins the name of the folder that is written first
 TOLERANCE = 1e-4  # of logits, relative to the largest: above rounding, below what a changed layer makes of them
 
 
@@ -87,12 +89,14 @@ def write_folder(
     if bad:
         raise ValueError(f'The weights are not finite in {dtype}: {", ".join(bad[:3])} ({len(bad)} in all).')
     folder = Path(folder)
+    for left in folder.glob(f'{_TEMPORARY}*'):  # of a run that was killed
+        shutil.rmtree(left)
     if folder.exists() and any(folder.iterdir()) and not (folder / DIGESTS_NAME).exists():
         raise ValueError(f'folder must be new or one that was written before, but {folder} holds something else.')
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     # In the folder itself if it is there: it may be a link, or a file system of its own.
-    with tempfile.TemporaryDirectory(prefix='.', dir=folder if folder.exists() else folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder if folder.exists() else folder.parent) as temporary:
         new = Path(temporary)
         with _writing(folder / WEIGHTS_NAME):
             save_for_hf(

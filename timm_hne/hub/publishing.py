@@ -11,8 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..files import write_text
 from ..models.ensemble import HierarchicalEnsemble
-from ..pretrained import DIGESTS_NAME
-from .card import merge_cards
+from ..pretrained import DIGESTS_NAME, digest, read_digests
+from .card import merge_cards, renew_card
 from .folder import CARD_NAME, present_card, write_digests, write_folder
 
 __all__ = ['publish']
@@ -68,8 +68,8 @@ def publish(
     Raises:
         TypeError: `model` is not a hierarchical ensemble.
         ValueError: An argument is not what it must be, the results are of other weights, the weights are not finite,
-            timm would build another model from the folder, the repository is public or holds something else, or what
-            was downloaded differs from what was uploaded.
+            timm would build another model from the folder, the repository is public or holds something else, its card
+            and that of the folder were both edited, or what was downloaded differs from what was uploaded.
         OSError: A file cannot be written, or the Hub refuses, or is out of reach.
     """
     validate_repo_id(repo_id)
@@ -83,6 +83,7 @@ def publish(
     folder = Path(name if folder is None else folder)
     source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision != 'main' else '')
     given = dict(license=license, base_model=base_model, datasets=datasets)
+    before = _digests_of_card(folder)
     files = write_folder(model, folder, source, results, recipe, dtype, label_names, data_config, **given)
     if dry_run:
         return str(folder)
@@ -91,7 +92,7 @@ def publish(
         api = HfApi(token=token, library_name='timm-hne')
         head = _open_repository(api, repo_id, private, revision, create_pr)
         if CARD_NAME in {file.rfilename for file in head.siblings}:
-            _renew_card(folder, files, given, repo_id, head, token)
+            _renew_card(folder, files, given, before, repo_id, head, token)
         return _commit(api, folder, files, repo_id, head.sha, commit_message or f'Publish {name}', revision, create_pr)
     except (HfHubHTTPError, ValueError):
         raise
@@ -137,24 +138,37 @@ def _renew_card(
         folder: Path,
         files: Sequence[str],
         given: Sequence[str],
+        before: tuple[str | None, str | None],
         repo_id: str,
         head: Any,
         token: str | None,
 ) -> None:
-    """Put what its owner wrote into the card on the Hub into that of the folder.
+    """Put what its owner wrote into the card on the Hub into that of the folder, whose digests `before` are.
 
     Raises:
-        ValueError: Both were edited.
+        ValueError: Both were edited, and say different things.
     """
     path = folder / CARD_NAME
     with tempfile.TemporaryDirectory() as there:
         for name in {file.rfilename for file in head.siblings} & {CARD_NAME, DIGESTS_NAME}:
             hf_hub_download(repo_id, name, revision=head.sha, local_dir=there, token=token)
         present = present_card(Path(there))
-    if present is not None:
-        card = merge_cards(path.read_text(encoding='utf-8'), present, given)
+        found, published = _digests_of_card(Path(there))
+    here, recorded = before
+    edited = here not in (None, published)
+    if present is not None and not (edited and recorded == found == published):  # or it was edited here alone
+        card = (merge_cards if edited else renew_card)(present, path.read_text(encoding='utf-8'), given)
         write_text(path, card)
         write_digests(folder, [name for name in files if name != DIGESTS_NAME])
+
+
+def _digests_of_card(folder: Path) -> tuple[str | None, str | None]:
+    """Return the digest of the card of a folder, and the one that was recorded; None where there is none."""
+    card, record = folder / CARD_NAME, folder / DIGESTS_NAME
+    return (
+        digest(card.read_bytes()) if card.exists() else None,
+        read_digests(record).get(CARD_NAME) if record.exists() else None,
+    )
 
 
 def _commit(

@@ -270,7 +270,8 @@ class ProgramStore:
         found.update(f'{self.model}\n{self.model.nodes} {self.model.ensemble_size}\n'.encode())
         for name, module in self.model.named_modules():
             # Where a base keeps what `repr` does not show: a number of heads, a way to pool, the code of a graph.
-            plain = {key: value for key, value in sorted(vars(module).items()) if _is_plain(value)}
+            plain = {
+                key: value for key, value in sorted(vars(module).items()) if key not in _UNUSED and _is_plain(value)}
             found.update(f'{name} {plain} {getattr(module, "code", "")}\n'.encode())
         kinds = {kind for module in self.model.modules() for kind in type(module).__mro__}
         files = {path for kind in kinds if (path := _source(kind))}
@@ -283,9 +284,16 @@ class ProgramStore:
         return found.hexdigest()[:32]
 
 
+# What programs do not depend on: how many members are evaluated if nobody says so, how gradients are computed, names.
+_UNUSED = (
+    '_num_members', 'grad_checkpointing', 'pretrained_cfg', 'default_cfg', '_model_args', 'pretrained_model_args')
+
+
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value.keys(), *value.values())))
     return value is None or isinstance(value, (bool, int, float, str))
 
 

@@ -135,9 +135,9 @@ def hne_from_timm(
         raise ValueError(f'hne_from_timm has no weights of its own, got the tag {pretrained_cfg!r}; base takes a tag.')
     cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
     published = cfg is not None and any(getattr(cfg, key) for key in SOURCES)
-    if kwargs.get('nodes') is not None:
-        kwargs['nodes'] = validate_nodes(kwargs['nodes'])
     if not published:  # timm's scripts pass the cfg below
+        if kwargs.get('nodes') is not None:
+            validate_nodes(kwargs['nodes'])
         cfg = _cfg_of(base, kwargs.get('nodes'))
         if not cfg.num_classes and 'num_classes' not in kwargs:
             raise ValueError(f'base {base} has no classifier, num_classes must be given.')

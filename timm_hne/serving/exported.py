@@ -63,7 +63,7 @@ class ExportedEnsemble(nn.Module):
     def _apply(self, fn, recurse: bool = True) -> 'ExportedEnsemble':
         super()._apply(fn, recurse)
         if self.place.device.type != 'cpu' or self.place.dtype != torch.float32:
-            place, self.place.data = self.place.data, torch.empty(0)
+            place, self.place = self.place, nn.Parameter(torch.empty(0), requires_grad=False)
             raise ValueError(f'exported programs run on a CPU in float32, not on {place.device.type} in {place.dtype}.')
         return self
 

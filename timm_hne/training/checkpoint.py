@@ -98,7 +98,7 @@ class RunCheckpoint:
             RuntimeError: There are checkpoints, but all are damaged.
         """
         # What timm's saver leaves under its temporary name, if it is killed, is no checkpoint yet.
-        files = sorted(path for path in folder.glob('[!.]*.pth.tar') if path.name != _UNFINISHED)
+        files = sorted(path for path in folder.glob('[!.]*.pth.tar') if path.name != _UNFINISHED and path.is_file())
         if (files or (folder / Summary.NAME).exists()) and not resume:
             raise FileExistsError(
                 f'output_dir {folder} holds a run already; continue it with resume, or choose another.')

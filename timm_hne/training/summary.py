@@ -102,7 +102,9 @@ class Summary:
             values = {**{f'train/{k}': v for k, v in train.items()}, **{f'eval/{k}': v for k, v in evaluated.items()}}
             self.tracker.add(epoch, {**values, 'lr': lr})
 
-    def close(self) -> None:
-        """End what follows the run besides."""
+    def __enter__(self) -> 'Summary':
+        return self
+
+    def __exit__(self, kind, *exc_info) -> None:
         if self.tracker is not None:
-            self.tracker.close()
+            self.tracker.close(failed=kind is not None)

@@ -22,7 +22,7 @@ class _TensorBoard:
             self.writer.add_scalar(name, value, epoch)
         self.writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.writer.close()
 
 
@@ -41,8 +41,8 @@ class _WandB:
     def add(self, epoch: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=epoch)
 
-    def close(self) -> None:
-        self.run.finish()  # one that is open would take what the next run of the process logs
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))  # one that is open would take what the next run of the process logs
 
 
 class _MLflow:
@@ -62,7 +62,7 @@ class _MLflow:
     def add(self, epoch: int, values: Mapping[str, float]) -> None:
         self.client.log_metrics(dict(values), step=epoch, run_id=self.run_id)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         pass  # ended above
 
 
@@ -85,7 +85,7 @@ def open_tracker(log: str | None, folder: Path, start_epoch: int, config: Mappin
         config: What is recorded of the run.
 
     Returns:
-        An object with `add(epoch, values)` and `close()`, or None.
+        An object with `add(epoch, values)` and `close(failed)`, or None.
 
     Raises:
         ImportError: The package of `log` is not installed.
@@ -132,5 +132,7 @@ class BestCheckpoint:
         """
         accuracies = {e: float(row[self.key]) for e, row in self.rows.items() if row.get(self.key) not in (None, '')}
         if epoch in accuracies and epoch != self.kept and accuracies[epoch] >= accuracies.get(self.kept, 0.):
+            for left in last.parent.glob(f'.*.{self.NAME}'):  # of a copy that was killed
+                left.unlink()
             write_file(last.with_name(self.NAME), lambda path: shutil.copyfile(last, path))
             self.kept = epoch

@@ -227,8 +227,8 @@ class _Phase:
             self.writer = CheckpointWriter(
                 self.output_dir, model, self.task, self.optimizer, self.scaler, recorded, label_names, checkpoint,
                 world_size)
-            self.summary = Summary(self.output_dir, self.start_epoch, whole.log, recipe_of(asdict(whole)))
-            closing.callback(self.summary.close)
+            self.summary = closing.enter_context(
+                Summary(self.output_dir, self.start_epoch, whole.log, recipe_of(asdict(whole))))
             self.best = BestCheckpoint(
                 whole.best_members, self.summary.rows, _epoch_of(self.output_dir / BestCheckpoint.NAME))
             if checkpoint is not None:  # which may have been written, and not yet kept, when the run was interrupted
