@@ -58,6 +58,9 @@ def test_a_run_that_is_followed(options, calls, tmp_path):  # noqa: F811
     assert calls[0][2]['config']['epochs'] == 2 and 'data_dir' not in calls[0][2]['config']
     assert [call[2]['step'] for call in calls[1:-1]] == [0, 1]
     assert calls[-1] == ('finish', (), {'exit_code': 0})  # or a second run of this process would go on with it
+    logged = calls[2][1][0]
+    assert logged['eval/top1_4'] == float(rows(options['output_dir'])[1]['eval_top1_4'])
+    assert logged['lr'] == float(rows(options['output_dir'])[1]['lr'])
 
 
 def test_a_run_that_fails_is_recorded_as_such(options, calls, monkeypatch):  # noqa: F811
@@ -68,9 +71,6 @@ def test_a_run_that_fails_is_recorded_as_such(options, calls, monkeypatch):  # n
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**options, log='wandb'))
     assert calls[-1] == ('finish', (), {'exit_code': 1})
-    logged = calls[2][1][0]
-    assert logged['eval/top1_4'] == float(rows(options['output_dir'])[1]['eval_top1_4'])
-    assert logged['lr'] == float(rows(options['output_dir'])[1]['lr'])
 
 
 def test_csv_alone(tmp_path):
