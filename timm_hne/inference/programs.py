@@ -272,7 +272,7 @@ class ProgramStore:
             # Where a base keeps what `repr` does not show: a number of heads, a way to pool, the code of a graph.
             plain = {
                 key: value for key, value in sorted(vars(module).items()) if key not in _UNUSED and _is_plain(value)}
-            found.update(f'{name} {plain} {getattr(module, "code", "")}\n'.encode())
+            found.update(f'{name} {type(module).__qualname__} {plain} {getattr(module, "code", "")}\n'.encode())
         kinds = {kind for module in self.model.modules() for kind in type(module).__mro__}
         files = {path for kind in kinds if (path := _source(kind))}
         for path in (*sorted(files), __file__, inspect.getfile(advance)):
