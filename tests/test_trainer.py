@@ -467,11 +467,15 @@ def test_tensorboard_log_if_it_is_installed(options, monkeypatch):
         def flush(self):
             pass
 
+        def close(self):
+            written['closed'] = True
+
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=SummaryWriter))
     options['epochs'] = 2
     result = train(TrainConfig(**options))
     assert written['eval/top1_4', 1] == result.top1[4]
     assert written['train/loss', 0] == result.history[0]['train_loss']
+    assert written['closed']
 
 
 def test_a_finished_run_can_be_continued(options):

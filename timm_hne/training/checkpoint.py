@@ -121,10 +121,9 @@ class RunCheckpoint:
 
     @classmethod
     def _read_metadata(cls, path: Path, argument: str = 'checkpoint') -> 'RunCheckpoint':
-        with open(path, 'rb') as file:  # a file that may not be read is not damaged, and stops the run
-            whole = zipfile.is_zipfile(file)
+        open(path, 'rb').close()  # a file that may not be read is not damaged, and stops the run
         try:
-            if not whole:
+            if not zipfile.is_zipfile(path):
                 raise ValueError('it is no checkpoint of PyTorch 1.6 or later, or is cut off')
             content = dict(load_checkpoint_metadata(str(path)))
             args = content.get('args') or {}
