@@ -327,10 +327,6 @@ def test_the_limit_of_pixels_can_be_chosen(model):
             classifier.image(source)
 
 
-def test_a_limit_below_the_size_that_images_are_resized_to(model):
-    assert Classifier(model, {}, max_pixels=500).image(Image.new('L', (20, 20))).shape == (3, 32, 32)
-
-
 def test_only_formats_that_say_how_large_an_image_is():
     assert not {'EPS', 'ICO', 'ICNS', 'WMF', 'PSD'} & set(FORMATS)
 

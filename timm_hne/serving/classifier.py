@@ -177,7 +177,7 @@ class Classifier:
         if width * height > self.max_pixels:
             raise ImageError(f'it has {width}x{height} pixels, more than the {self.max_pixels:,} that are allowed')
         # Images are resized by their shorter edge, so a long strip would become a huge one.
-        if max(size) / min(size) * self._edge ** 2 > max(self.max_pixels, 16 * self._edge ** 2):
+        if max(size) / min(size) * self._edge ** 2 > self.max_pixels:
             raise ImageError(f'it has {width}x{height} pixels, and is too long for its width')
 
     def image(self, source: bytes | str | os.PathLike | Image.Image) -> torch.Tensor:
