@@ -147,19 +147,26 @@ def write_digests(folder: Path, names: Sequence[str]) -> None:
         write_text(folder / DIGESTS_NAME, ''.join(lines))
 
 
+def card_digests(folder: Path) -> tuple[str | None, str | None]:
+    """Return the digest of the card of a folder, and the one that was recorded; None where there is none."""
+    card, record = folder / CARD_NAME, folder / DIGESTS_NAME
+    return (
+        digest(card.read_bytes()) if card.exists() else None,
+        read_digests(record).get(CARD_NAME) if record.exists() else None,
+    )
+
+
 def present_card(folder: Path) -> str | None:
     """Return the card of a folder or of a copy of a repository, if it has one that its owner may have edited.
 
     The cards of version 0.1 do not say which part of them is generated. One that still has its recorded digest is
     generated as a whole.
     """
-    path, record = folder / CARD_NAME, folder / DIGESTS_NAME
-    if not path.exists():
+    found, recorded = card_digests(folder)
+    if found is None:
         return None
-    data = path.read_bytes()
-    text = data.decode('utf-8', errors='replace')
-    untouched = record.exists() and read_digests(record).get(CARD_NAME) == digest(data)
-    return None if untouched and not is_generated(text) else text
+    text = (folder / CARD_NAME).read_bytes().decode('utf-8', errors='replace')
+    return None if found == recorded and not is_generated(text) else text
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..files import write_text
 from ..models.ensemble import HierarchicalEnsemble
-from ..pretrained import DIGESTS_NAME, digest, read_digests
+from ..pretrained import DIGESTS_NAME
 from .card import merge_cards, renew_card
-from .folder import CARD_NAME, present_card, write_digests, write_folder
+from .folder import CARD_NAME, card_digests, present_card, write_digests, write_folder
 
 __all__ = ['publish']
 
@@ -83,7 +83,7 @@ def publish(
     folder = Path(name if folder is None else folder)
     source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision != 'main' else '')
     given = dict(license=license, base_model=base_model, datasets=datasets)
-    before = _digests_of_card(folder)
+    before = card_digests(folder)
     files = write_folder(model, folder, source, results, recipe, dtype, label_names, data_config, **given)
     if dry_run:
         return str(folder)
@@ -153,22 +153,13 @@ def _renew_card(
         for name in {file.rfilename for file in head.siblings} & {CARD_NAME, DIGESTS_NAME}:
             hf_hub_download(repo_id, name, revision=head.sha, local_dir=there, token=token)
         present = present_card(Path(there))
-        found, published = _digests_of_card(Path(there))
+        found, published = card_digests(Path(there))
     here, recorded = before
     edited = here not in (None, published)
     if present is not None and not (edited and recorded == found == published):  # or it was edited here alone
         card = (merge_cards if edited else renew_card)(present, path.read_text(encoding='utf-8'), given)
         write_text(path, card)
         write_digests(folder, [name for name in files if name != DIGESTS_NAME])
-
-
-def _digests_of_card(folder: Path) -> tuple[str | None, str | None]:
-    """Return the digest of the card of a folder, and the one that was recorded; None where there is none."""
-    card, record = folder / CARD_NAME, folder / DIGESTS_NAME
-    return (
-        digest(card.read_bytes()) if card.exists() else None,
-        read_digests(record).get(CARD_NAME) if record.exists() else None,
-    )
 
 
 def _commit(
