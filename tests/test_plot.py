@@ -131,12 +131,17 @@ def test_table_puts_the_paper_beside_the_runs(plot, write, tmp_path):
     assert all(len(row) == 12 for row in rows)
 
 
-def test_runs_of_several_seeds_are_averaged(plot, write):
-    runs = plot.load_runs(write(make_run(shift=1.), make_run('hierarchical'), make_run(seed=3, shift=4.)))
+def test_runs_of_several_seeds_are_averaged(plot, write, capsys):
+    paths = write(make_run(shift=1.), make_run('hierarchical'), make_run(seed=3, shift=4.))
+    runs = plot.load_runs(paths)
     assert [(run['objective'], run['seed']) for run in runs] == [('independent', '0, 3'), ('hierarchical', '0')]
     assert [row['top1'] for row in runs[0]['members']] == [80 + n / 4 + 2.5 for n in range(1, 17)]
     assert runs[0]['member_top1'] == pytest.approx([82.5 + m / 10 for m in range(16)])
     assert runs[0]['members'][3]['macs'] == 14 * 10 ** 6
+    plot.main(['table1', *paths])
+    table = capsys.readouterr().out
+    assert '| 3 | 0, 3 | measured | 82.8 ± 2.1 | 83.0 ± 2.1 | 83.5 ± 2.1 | 84.5 ± 2.1 | 86.5 ± 2.1 |' in table
+    assert '| 3 | 0 | measured | 80.2 | 80.5 |' in table
     other = make_run(seed=2, recipe={'lr': 0.1})
     apart = make_run(seed=None), make_run(seed=None), make_run(seed=1), other, make_run(seed=1)
     assert [run['seed'] for run in plot.load_runs(write(*apart))] == [None, None, '1', '2', '1']

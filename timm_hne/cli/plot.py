@@ -6,9 +6,9 @@
     fig9    accuracy against the number of members, and each member's own; a panel per run
     table1  accuracy at 1, 2, 4, ..., N members, as Markdown
 
-Runs that differ in nothing but their seed are averaged. Where a run is one of the paper's Table 1 (same model, data,
-tree, objective and alpha), the published accuracy is drawn beside it, dashed. The data must be named cifar10 or
-cifar100, see `timm-hne eval --data-name`.
+Runs that differ in nothing but their seed are averaged; table1 adds the standard deviation over the seeds. Where a run
+is one of the paper's Table 1 (same model, data, tree, objective and alpha), the published accuracy is drawn beside it,
+dashed. The data must be named cifar10 or cifar100, see `timm-hne eval --data-name`.
 """
 import argparse
 import sys

@@ -2,7 +2,7 @@
 import json
 import math
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from ..files import write_file, write_text
@@ -72,7 +72,10 @@ def check_run(run: Run) -> None:
 
 
 def average_seeds(runs: list[Run]) -> list[Run]:
-    """Return the mean of every group of runs that differ in nothing but their seed; `seed` becomes all of theirs."""
+    """Return the mean of every group of runs that differ in nothing but their seed; `seed` becomes all of theirs.
+
+    The standard deviation of the accuracy over the seeds becomes `top1_std` of a number of members, None of one run.
+    """
     own = ('seed', 'weights_sha256', 'members', 'member_top1')
     groups: list[list[Run]] = []
 
@@ -94,7 +97,8 @@ def average_seeds(runs: list[Run]) -> list[Run]:
             'seed': ', '.join(str(run['seed']) for run in group if run['seed'] is not None) or None,
             'members': [
                 {key: fmean(row[key] for row in rows) for key in ('top1', 'logit_std', 'macs')}
-                | {'num_members': rows[0]['num_members']}
+                | {'num_members': rows[0]['num_members'],
+                   'top1_std': stdev(row['top1'] for row in rows) if len(rows) > 1 else None}
                 for rows in zip(*(run['members'] for run in group))
             ],
             'member_top1': [fmean(values) for values in zip(*(run['member_top1'] for run in group))],
@@ -294,6 +298,11 @@ def hide_empty(axes) -> None:
         axis.set_visible(axis.has_data())
 
 
+def accuracy(row: dict[str, float]) -> str:
+    """Write an accuracy in %, with the standard deviation over the seeds if there are several."""
+    return f'{row["top1"]:.1f}' + (f' ± {row["top1_std"]:.1f}' if row.get('top1_std') is not None else '')
+
+
 def make_table(runs: list[Run], missing: bool = False) -> str:
     """Render Table 1: the runs, each below what the paper published about it; the paper's whole table without runs.
 
@@ -317,7 +326,7 @@ def make_table(runs: list[Run], missing: bool = False) -> str:
     heads = ['Model', 'Data', 'Objective', 'Sharing', 'Epochs', 'Seed', 'Source', *map(str, sizes)]
     lines = [f'| {" | ".join(heads)} |', f'|{" --- |" * 7}{" ---: |" * len(sizes)}']
     for source, run in rows:
-        top1 = {row['num_members']: row['top1'] for row in operating_points(run)}
+        points = {row['num_members']: row for row in operating_points(run)}
         values = [
             TRAITS['model'](run),
             DATA.get(run['data'], run['data']),
@@ -325,7 +334,7 @@ def make_table(runs: list[Run], missing: bool = False) -> str:
             sharing(run),
             *('' if run[key] is None else str(run[key]) for key in ('epochs', 'seed')),
             source,
-            *(f'{top1[n]:.1f}' if n in top1 else '' for n in sizes),
+            *(accuracy(points[n]) if n in points else '' for n in sizes),
         ]
         lines.append(f'| {" | ".join(values)} |')
     return '\n'.join(['Accuracy (%) by the number of members evaluated.', '', *lines]) + '\n'
