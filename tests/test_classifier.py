@@ -120,7 +120,7 @@ def test_classes_without_names_are_numbers(model):
 @pytest.mark.parametrize('name, kwargs, error', [
     ('no_such_model', {}, RuntimeError),
     ('resnet50', {}, ValueError),
-    ('hne_resnet50_c16', {}, RuntimeError),
+    ('hne_mobilenetv2_075_e4', {}, RuntimeError),
     ('/no/such/file.pth', {}, ValueError),
     ('hne_resnet50_c8', {'engine': 'tensorflow'}, ValueError),
     ('hne_resnet50_c8', {'max_pixels': 0}, ValueError),

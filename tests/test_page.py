@@ -538,7 +538,7 @@ def test_the_command_serves_until_it_is_interrupted():
 
 @needs_gradio
 @pytest.mark.parametrize(('options', 'message'), [
-    (['no_such_model'], 'no_such_model'), (['hne_resnet50_c16'], 'no pretrained weights'),
+    (['no_such_model'], 'no_such_model'), (['hne_mobilenetv2_075_e4'], 'no pretrained weights'),
     (['--host', '192.0.2.1'], '192.0.2.1: Cannot assign'), (['--host', 'no.host.invalid'], 'no.host.invalid: '),
     (['--port', '65536'], 'port must be from 1 to 65535, got 65536'), ([str(ROOT / 'README.md')], 'README.md'),
 ])

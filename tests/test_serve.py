@@ -679,7 +679,7 @@ def test_the_service(tmp_path):
     (['--min-members', '17'], 'min_members must be from 1 to 16, got 17'),
     (['--min-members', '3', '--max-members', '2'], 'min_members must be from 1 to 2, got 3'),
     (['no_such_model'], 'no_such_model'),
-    (['hne_resnet50_c16'], 'has no pretrained weights'),
+    (['hne_mobilenetv2_075_e4'], 'has no pretrained weights'),
     (['--host', '198.51.100.7'], 'host 198.51.100.7 and port 8000 cannot be listened on'),
 ])
 def test_bad_arguments_of_the_command(capsys, arguments, words):

@@ -30,6 +30,7 @@ DATA = {
     'hcd_tiny_imagenet': ('TINY_IMAGENET_DIR', 'validation'),
 }
 SIZES = {  # at most, in bytes
+    'hne_resnet50_c16.hcd_cifar10': 12e6,
     'hne_resnet50_c8.hcd_cifar10': 3e6,
     'hne_resnet50_c8.hcd_cifar100': 3.5e6,
     'hne_mobilenetv2_075_e8.hcd_tiny_imagenet': 32e6,

@@ -159,7 +159,7 @@ worm
 
 # 'hcd' stands for hierarchical co-distillation, the objective.
 default_cfgs = generate_default_cfgs({
-    'hne_resnet50_c16.hcd_cifar10': _cfg(_CIFAR10),
+    'hne_resnet50_c16.hcd_cifar10': _cfg(_CIFAR10, file=packaged('hne_resnet50_c16.hcd_cifar10')),
     'hne_resnet50_c8.hcd_cifar10': _cfg(_CIFAR10, file=packaged('hne_resnet50_c8.hcd_cifar10')),
     'hne_resnet50_c8.hcd_cifar100': _cfg(_CIFAR100, file=packaged('hne_resnet50_c8.hcd_cifar100')),
 })
