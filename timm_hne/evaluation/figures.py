@@ -74,7 +74,7 @@ def check_run(run: Run) -> None:
 def average_seeds(runs: list[Run]) -> list[Run]:
     """Return the mean of every group of runs that differ in nothing but their seed; `seed` becomes all of theirs.
 
-    The standard deviation of the accuracy over the seeds becomes `top1_std` of a number of members, None of one run.
+    With several seeds, `top1_std` of a number of members is the standard deviation of the accuracy over them.
     """
     own = ('seed', 'weights_sha256', 'members', 'member_top1')
     groups: list[list[Run]] = []
@@ -97,8 +97,8 @@ def average_seeds(runs: list[Run]) -> list[Run]:
             'seed': ', '.join(str(run['seed']) for run in group if run['seed'] is not None) or None,
             'members': [
                 {key: fmean(row[key] for row in rows) for key in ('top1', 'logit_std', 'macs')}
-                | {'num_members': rows[0]['num_members'],
-                   'top1_std': stdev(row['top1'] for row in rows) if len(rows) > 1 else None}
+                | {'num_members': rows[0]['num_members']}
+                | ({'top1_std': stdev(row['top1'] for row in rows)} if len(rows) > 1 else {})
                 for rows in zip(*(run['members'] for run in group))
             ],
             'member_top1': [fmean(values) for values in zip(*(run['member_top1'] for run in group))],
@@ -300,7 +300,7 @@ def hide_empty(axes) -> None:
 
 def accuracy(row: dict[str, float]) -> str:
     """Write an accuracy in %, with the standard deviation over the seeds if there are several."""
-    return f'{row["top1"]:.1f}' + (f' ± {row["top1_std"]:.1f}' if row.get('top1_std') is not None else '')
+    return f'{row["top1"]:.1f}' + (f' ± {row["top1_std"]:.1f}' if 'top1_std' in row else '')
 
 
 def make_table(runs: list[Run], missing: bool = False) -> str:
