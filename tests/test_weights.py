@@ -86,7 +86,8 @@ def test_a_model_has_the_classes_of_its_weights(name, no_network):
 
 
 @pytest.mark.parametrize('architecture, tag', [
-    ('hne_resnet50_c8', 'hcd_cifar10'), ('hne_mobilenetv2_075_e8', 'hcd_tiny_imagenet'),
+    ('hne_resnet50_c8', 'hcd_cifar10'), ('hne_resnet50_c16', 'hcd_cifar10'),
+    ('hne_mobilenetv2_075_e8', 'hcd_tiny_imagenet'),
 ])
 def test_the_architecture_alone_means_its_first_tag(architecture, tag, no_network):
     model = timm.create_model(architecture, pretrained=True)
