@@ -968,6 +968,12 @@ class TestPhases:
         with pytest.raises(TypeError, match='phases'):
             TrainConfig(phases=['epochs'])
 
+    def test_a_later_batch_larger_than_the_data(self, phased):
+        phases = [self.PHASES[0], {**self.PHASES[1], 'batch_size': 16, 'grad_accum_steps': 2}]
+        with pytest.raises(ValueError, match=r'batch_size 16 \* grad_accum_steps 2 .*24'):
+            train(TrainConfig(**{**phased, 'phases': phases}))
+        assert not list(Path(phased['output_dir']).glob('*.pth.tar'))
+
     def test_a_tree_that_cannot_grow_out_of_the_one_before(self, phased):
         phases = [{'epochs': 1, 'model_kwargs': {'nodes': nodes}} for nodes in ([1, 1, 1, 3, 3], [1, 1, 1, 2, 4])]
         with pytest.raises(ValueError, match=r'\(1, 1, 1, 3, 3\).*\(1, 1, 1, 2, 4\)'):

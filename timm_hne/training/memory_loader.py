@@ -110,9 +110,6 @@ class MemoryLoader:
         world_size: Number of processes.
 
     Iterating gives images (B, C, H, W), float32 and channels_last, and labels (B,).
-
-    Raises:
-        ValueError: There are not enough images for one training batch.
     """
 
     def __init__(
@@ -131,10 +128,6 @@ class MemoryLoader:
             rank: int = 0,
             world_size: int = 1,
     ):
-        if training and len(labels) < batch_size * world_size:
-            raise ValueError(
-                f'batch_size {batch_size} (times {world_size} processes) exceeds the {len(labels)} training images: '
-                'give a smaller batch_size (--batch-size).')
         # The layout of channels_last, of which a crop copies whole pixels.
         self.pixels = images.permute(0, 2, 3, 1).contiguous().to(device)
         self.labels = labels.to(device)

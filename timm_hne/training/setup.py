@@ -68,20 +68,26 @@ def _check_streamed(config: TrainConfig) -> None:
                 f'got {getattr(config, name)}.')
 
 
-def check_phases(config: TrainConfig, num_classes: int) -> None:
+def check_phases(config: TrainConfig, num_classes: int, num_images: int, world_size: int) -> None:
     """Refuse phases that cannot follow each other, which would else be found out when the ones before are trained.
 
     Args:
         config: Configuration of a run.
         num_classes: Number of classes of the data.
+        num_images: Number of training images.
+        world_size: Number of processes.
 
     Raises:
         TypeError: A phase has arguments that its optimizer does not take.
-        ValueError: The tree of a phase cannot grow out of the one before, its optimizer or its schedule is none, or the
-            last has no `best_members`.
+        ValueError: The images of a phase are fewer than one update takes, its tree cannot grow out of the one before,
+            its optimizer or its schedule is none, or the last has no `best_members`.
     """
     before = None
     for _, part in config.split():
+        if part.batch_size * part.grad_accum_steps * world_size > num_images:
+            raise ValueError(
+                f'batch_size {part.batch_size} * grad_accum_steps {part.grad_accum_steps} * {world_size} process(es) '
+                f'exceeds the {num_images} training images: give a smaller batch_size (--batch-size).')
         model = create_model(
             part.model, num_classes=num_classes, in_chans=part.in_chans, device='meta', **part.model_kwargs)
         if not isinstance(model, HierarchicalEnsemble):

@@ -125,7 +125,7 @@ def _train_phases(
     data = open_data(config)
     if waits and not rank:
         dist.barrier()
-    check_phases(config, data[-1])
+    check_phases(config, num_classes=data[-1], num_images=len(data[0]), world_size=world_size)
     result, history = None, []
     parts = config.split()
     for (start, part), (following, _) in itertools.zip_longest(parts, parts[1:], fillvalue=(math.inf, None)):
@@ -216,10 +216,6 @@ class _Phase:
             create_image_loader(dataset, config, training, resize, device, rank, world_size)
             for dataset, training in ((train_set, True), (val_set, False)))
         self.updates_per_epoch = len(self.train_loader) // config.grad_accum_steps
-        if not self.updates_per_epoch:
-            raise ValueError(
-                f'batch_size {config.batch_size} * grad_accum_steps {config.grad_accum_steps} * {world_size} '
-                f'process(es) exceeds the {len(train_set)} training images: give a smaller batch_size (--batch-size).')
         self.scheduler = create_scheduler(self.optimizer, config, self.updates_per_epoch)
 
         self.writer = self.summary = None
