@@ -173,6 +173,13 @@ def test_an_exported_model_keeps_to_the_threads_of_pytorch(places):
         torch.set_num_threads(threads)
 
 
+def test_an_exported_model_stays_on_the_cpu(places, model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert next(Classifier.open(places['exported'], device='auto').model.parameters()).device.type == 'cpu'
+    with pytest.raises(Exception, match=r'CUDA|NVIDIA'):  # there is none
+        Classifier.open(places['published'], 'none', device='auto')
+
+
 def test_an_exported_model_stands_in_for_an_ensemble(places, images):
     exported = ExportedEnsemble.load(places['exported'])
     assert exported(images[:0]).shape == (0, 10)

@@ -124,10 +124,12 @@ def exported(monkeypatch):
 def test_command(exported, tmp_path, capsys):
     folder = tmp_path / 'programs'
     arguments = ['--nodes', *'11224', '--num-classes', '7', '--img-size', '8', '--format', 'torch.export']
-    main(['export', 'hne_resnet50_c8', *arguments, '--num-members', '1', '3', '--output', str(folder)])
+    arguments += ['--no-pretrained', '--num-members', '1', '3', '--output', str(folder)]
+    main(['export', 'hne_resnet50_c8', *arguments])
     assert sorted(file.name for file in folder.iterdir()) == ['hne_resnet50_c8_1.pt2', 'hne_resnet50_c8_3.pt2']
     for (model, *rest), n in zip(exported, (1, 3), strict=True):
         assert (model.nodes, model.num_classes, model.training) == (NODES, 7, False)
+        assert not (model.pretrained_cfg['label_names'] or model.pretrained_cfg['tag'])  # they are random weights
         assert rest == [f'hne_resnet50_c8_{n}.pt2', n, 'torch.export', (3, 8, 8)]
     assert '3 members' in capsys.readouterr().out
 
@@ -147,6 +149,7 @@ def test_command_reads_the_sizes_off_the_checkpoint(tmp_path, capsys, shallow):
             (['--num-classes', '5'], 'num_classes must be that of the checkpoint, 7'),
             (['--nodes', *'11111'], 'nodes must be that of the checkpoint, (1, 1, 1, 1, 2)'),
             (['--pretrained'], 'only one of --checkpoint and --pretrained'),
+            (['--threshold', '0.9'], "got format 'torch.export'"),
     ):
         with pytest.raises(SystemExit):
             main(arguments + more)
@@ -160,6 +163,6 @@ def test_command_reads_the_sizes_off_the_checkpoint(tmp_path, capsys, shallow):
 def test_command_with_a_model_in_a_folder(exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = timm.create_model('hne_resnet50_c8', nodes=(1, 1, 1, 1, 2))
-    save_for_hf(model, tmp_path / 'model', model_args={'nodes': model.nodes})
+    save_for_hf(model, tmp_path / 'model', model_args={'nodes': model.nodes}, safe_serialization=True)
     main(['export', 'local-dir:model', '--format', 'onnx', '--output', 'programs'])
     assert [name for _, name, *_ in exported] == ['model_1.onnx', 'model_2.onnx']

@@ -132,7 +132,7 @@ def assert_parts_of(ensemble, model):
         features = (x,) if isinstance(x, torch.Tensor) else x
         assert isinstance(features, tuple)
         assert all(tensor.shape[0] == batch for tensor in features)
-        assert features[block.main].shape[block.channel_axis] == block.out_channels
+        assert features[block.main or 0].shape[block.channel_axis] == block.out_channels
     assert head.to('meta')(x).shape == (batch, 10)
     head.reset_classifier(7)
     assert isinstance(head.get_classifier(), (nn.Module, tuple))
@@ -339,6 +339,37 @@ def test_heads(base):
     assert all(module.training for module in ensemble.modules()) and ensemble(x).shape == (2, 7)
 
 
+def test_heads_without_a_pooling_have_no_classifier():
+    made, reset = by_name(num_classes=0, global_pool=''), by_name()
+    reset.reset_classifier(0, '')
+    reset.load_state_dict(made.state_dict())
+    made(images(made)).sum().backward()
+    assert all(parameter.grad is not None for parameter in made.parameters())
+
+
+def test_fresh_members_leave_other_generators_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'manual_seed_all', lambda seed: pytest.fail('seeds the GPUs'))
+    state = torch.get_rng_state()
+    one, other = (by_name(init='fresh', seed=1).heads[1].state_dict() for _ in range(2))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    by_name(init='copy')
+    assert not torch.equal(torch.get_rng_state(), state)  # the base itself is drawn from them
+
+
+def test_feature_maps_of_channels_last():
+    model = by_name('swin_tiny_patch4_window7_224', img_size=224, features_only=True, device='meta')
+    found = model(torch.empty(1, 3, 224, 224, device='meta'))
+    assert [tuple(y.shape[2:]) for y in found] == [(224 // r,) * 2 for r in model.feature_info.reduction()]
+    assert [y.shape[1] for y in found] == model.feature_info.channels()
+
+
+def test_a_head_that_needs_more_than_one_tensor():
+    model = by_name('crossvit_tiny_240', img_size=240, nodes=None, ensemble_size=2, device='meta')
+    features = model.forward_features(torch.empty(2, 3, 240, 240, device='meta'))
+    with pytest.raises(ValueError, match='forward_members'):
+        model.forward_head(features)
+
+
 @small_bases
 def test_features(base):
     ensemble, model = make_ensemble(base)
@@ -349,16 +380,19 @@ def test_features(base):
         assert len(features) == len(ensemble.blocks)
         torch.testing.assert_close(last, ensemble.forward_features(x))
         axis = ensemble.blocks[-1].channel_axis
-        assert [y.shape[axis] for y in features] == [info['num_chs'] for info in ensemble.feature_info]
+        assert [y.shape[1] for y in features] == [info['num_chs'] for info in ensemble.feature_info]
+        assert [y.shape[2:] for y in features] == [2 * (32 // info['reduction'],) for info in ensemble.feature_info]
         # The features of the first member are those of the base.
         network = copy.deepcopy(model)
         network.load_state_dict(path_state(ensemble, 0))
         expected = network.forward_features(x)
         torch.testing.assert_close(last.narrow(axis, 0, expected.shape[axis]), expected)
+        expected, = network.forward_intermediates(x, 1, norm=True, intermediates_only=True)
+        torch.testing.assert_close(features[-1][:, :expected.shape[1]], expected)
     wrapped = by_name(base, features_only=True, num_members=3).eval()
     found = wrapped(x)
     assert [y.shape for y in found] == [y.shape for y in features]
-    assert wrapped.feature_info.channels() == [y.shape[axis] for y in found]
+    assert wrapped.feature_info.channels() == [y.shape[1] for y in found]
     assert len(by_name(base, features_only=True, out_indices=(0, -1), device='meta')(x.to('meta'))) == 2
     with pytest.raises(ValueError, match='feature_cls'):
         by_name(base, features_only=True, feature_cls='hook')

@@ -442,6 +442,14 @@ def test_what_the_user_puts_in_the_place_of_the_config_is_no_change(published, m
     assert loaded.pretrained_cfg['mean'] == (0.5, 0.5, 0.5)
 
 
+def test_other_weights_than_those_of_the_repository(published, tmp_path):
+    other = trained_model(nodes=NODES)
+    safetensors.torch.save_file(other.state_dict(), tmp_path / 'other.safetensors')
+    for overlay in (dict(state_dict=other.state_dict()), dict(file=str(tmp_path / 'other.safetensors'))):
+        loaded = load(pretrained_cfg_overlay=overlay).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in other.state_dict().items())
+
+
 def test_damaged_weights_in_a_cache_that_cannot_be_written(published, model, monkeypatch):
     load()
     blob = next(Path(constants.HF_HUB_CACHE).rglob('model.safetensors')).resolve()

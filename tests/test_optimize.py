@@ -133,6 +133,17 @@ def test_features_in_another_type():
         assert_like(features.float(), other, 5e-2)
 
 
+def test_features_without_a_classifier():
+    model, x = tiny_ensemble(), images()
+    model.reset_classifier(0)
+    fast = optimize_for_inference(model, engine='eager')
+    for n in (1, 3, 4):
+        assert_like(fast(x, n), model(x, n))
+    model.reset_classifier(0, '')
+    with pytest.raises(ValueError, match="global_pool=''"):
+        optimize_for_inference(model)
+
+
 def test_made_in_inference_mode():
     model, x = tiny_ensemble(), images()
     with torch.inference_mode():

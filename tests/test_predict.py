@@ -111,6 +111,8 @@ def test_pictures_are_turned_upright_and_prepared_as_timm_does(model, image, tmp
     (['--budget-ms', 'inf'], r'budget_ms .*got inf'),
     (['--budget-ms', '5', '--num-members', '1'], r'--num-members.*--budget-ms'),
     (['--top-k', '0'], r'top_k .*1, got 0'),
+    (['--ray'], r'ray .*--output'),
+    (['--batch-size', '8'], r'batch_size .*--output.* 8'),
     (['--model', 'resnet18'], r'model .*hierarchical ensemble.*resnet18'),
     (['--model', 'hne_mobilenetv2_075_e4'], r'hne_mobilenetv2_075_e4\.\S+ .*weights'),
 ])

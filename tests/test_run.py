@@ -277,6 +277,14 @@ def test_errors_of_the_script_keep_their_traceback(script, capsys):
     assert exit.value.code == 7
 
 
+def test_modules_beside_the_script(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    (tmp_path / 'helper_of_the_script.py').write_text('word = "helped"')
+    (tmp_path / 'timm.py').write_text('raise RuntimeError("the timm beside the script")')
+    main(['run', script('import helper_of_the_script, timm.data\nprint(helper_of_the_script.word)\n')])
+    assert capsys.readouterr().out == 'helped\n'
+
+
 def test_missing_script(capsys, tmp_path):
     for path in (tmp_path / 'train.py', tmp_path):
         with pytest.raises(SystemExit) as exit:

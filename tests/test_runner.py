@@ -700,6 +700,22 @@ def test_members_and_thresholds_of_single_requests(optimized):
         torch.testing.assert_close(answer.logits, direct, rtol=1e-4, atol=1e-4)
 
 
+def test_no_request_waits_for_a_program_that_is_missing(monkeypatch):
+    model, steps = optimize_for_inference(small_resnet(), engine='eager'), set()
+    advance = type(model).advance
+
+    def noted(self, frontier, start, stop):
+        steps.add((start, stop, min(len(frontier[0]), 2) if start == 0 else None))
+        return advance(self, frontier, start, stop)
+
+    monkeypatch.setattr(type(model), 'advance', noted)
+    with AdaptiveRunner(model, 60., (3, 8, 8), max_batch_size=4, warmup_repeats=1) as runner:
+        warm = set(steps)
+        for image, wishes in zip(images(3), (dict(), dict(num_members=3), dict(threshold=1.))):
+            runner.submit(image, **wishes).result(TIMEOUT)
+    assert steps == warm
+
+
 def test_members_of_single_requests_for_one_class():
     model, x = small_resnet(num_classes=1), images(3)
     answers = wished(model, list(zip(x, [dict(num_members=1), dict(num_members=3), dict()])))

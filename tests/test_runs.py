@@ -50,7 +50,7 @@ def test_one_process_downloads_for_all(options, monkeypatch, rank, order):  # no
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, 'open_data', lambda config: seen.append('open') or (None, None, None, 3))
+    monkeypatch.setattr(trainer, 'open_data', lambda config: seen.append('open') or (range(24), None, None, 3))
     monkeypatch.setattr(trainer, 'dist', SimpleNamespace(barrier=lambda: seen.append('barrier')))
     monkeypatch.setattr(trainer, '_Phase', stop)
     with pytest.raises(KeyboardInterrupt):

@@ -276,6 +276,28 @@ def test_export_folder_refuses(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
 
 
+def test_an_interrupted_export_can_be_repeated(model, folder, tmp_path):
+    copy = copied(folder, tmp_path)
+    (copy / runtime.MANIFEST).unlink()
+    export_folder(model, copy, (3, 8, 8))
+    assert runtime.load(copy).ensemble_size == 4
+    (copy / runtime.MANIFEST).unlink()
+    (copy / 'mine.txt').touch()
+    with pytest.raises(FileExistsError, match='something else'):
+        export_folder(model, copy, (3, 8, 8))
+
+
+def test_a_file_that_is_replaced_meanwhile_is_not_read(folder, tmp_path):
+    copy = copied(folder, tmp_path)
+    network, x = runtime.load(copy), np.zeros((1, 3, 8, 8), np.float32)
+    expected = network.predict(x)
+    (copy / 'weights.bin').rename(copy / 'old.bin')
+    (copy / 'weights.bin').write_bytes(bytes((copy / 'old.bin').stat().st_size))
+    np.testing.assert_array_equal(network.predict(x), expected)
+    with pytest.raises(RuntimeError, match=r'weights\.bin has the SHA-256 digest'):
+        network.predict(np.zeros((1, 3, 16, 16), np.float32))
+
+
 def test_a_folder_that_differs_is_not_written(model, tmp_path, monkeypatch):
     run = runtime.Session.run
     monkeypatch.setattr(runtime.Session, 'run', lambda self, inputs: [1.001 * y for y in run(self, inputs)])
@@ -291,7 +313,7 @@ def test_command(tmp_path, capsys, shallow):
     torch.manual_seed(0)
     model = timm.create_model('hne_resnet50_c8', width=4, nodes=(1, 1, 1, 1, 1), num_classes=3).eval()
     args = {'model': 'hne_resnet50_c8', 'img_size': 16, 'in_memory': True, 'mean': (0.5,) * 3, 'std': (0.25,) * 3,
-            'model_kwargs': {'width': 4}}
+            'model_kwargs': {'width': 4}, 'label_names': ['ant', 'bee', 'cow']}
     torch.save({'state_dict': model.state_dict(), 'args': args, 'arch': 'hne_resnet50_c8', 'epoch': 0},
                tmp_path / 'last.pth.tar')
     table = LatencyTable('hne_resnet50_c8', 'onnxruntime', (1,) * 5, (3, 16, 16), 'float32', {'device': 'cpu'},
@@ -306,6 +328,7 @@ def test_command(tmp_path, capsys, shallow):
     image = network.manifest['image']
     assert (image['height'], image['width'], image['mean'], image['std']) == (16, 16, [0.5] * 3, [0.25] * 3)
     assert network.manifest['exit']['threshold'] == 0.9
+    assert network.manifest['label_names'] == ['ant', 'bee', 'cow'] and network.manifest['tag'] is None
     assert network.manifest['latency']['latency_ms'] == {'1': {'1': 2.5}}
     x = images(2, 16)
     assert_like(network.predict(x.numpy()), model(x))

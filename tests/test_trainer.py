@@ -243,6 +243,8 @@ def test_other_classes_under_the_same_numbers(options, tmp_path):
     ({'unreadable': 'error'}, 'unreadable .*skip .*error'),
     ({'num_workers': 0}, r'num_workers .* at least 1.* 0\.$'),
     ({'num_workers': 3}, 'num_workers'),
+    ({'phases': [{'epochs': 1, 'num_workers': 0}]}, r'num_workers .* at least 1.* 0\.$'),
+    ({'phases': [{'epochs': 1}, {'epochs': 1, 'batch_size': 4}], 'epochs': 2}, r'batch_size .* 8 in all phases.* 4\.$'),
 ])
 def test_streams(options, values, message, monkeypatch):
     class Stream(torch.utils.data.IterableDataset):
@@ -264,6 +266,20 @@ def test_streams(options, values, message, monkeypatch):
     options['output_dir'] += '2'
     with pytest.raises((ValueError, RuntimeError), match=message):
         train(TrainConfig(**{**options, **values}))
+
+
+def test_the_length_of_a_stream_is_that_of_one_process():
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 8
+
+        def __iter__(self):
+            raise NotImplementedError
+
+    config = TrainConfig(batch_size=8, model_kwargs={'width': 2})
+    setup.check_phases(config, 3, Stream(), world_size=4)
+    with pytest.raises(ValueError, match=r'batch_size 8 .* 4 process.* 8 training images'):
+        setup.check_phases(config, 3, range(8), world_size=4)
 
 
 def test_starting_from_published_weights(options, whole):
@@ -606,6 +622,8 @@ def test_unreadable_images_are_skipped_by_choice(options, tmp_path, caplog, in_m
     result = train(TrainConfig(**options))
     assert '1 unreadable training images skipped so far: ' in caplog.text and 'class1/0.png' in caplog.text
     assert '2 unreadable validation images skipped so far: ' in caplog.text and 'class2/0.png' in caplog.text
+    with pytest.raises(ValueError, match=r'batch_size 24 .*can be read'):
+        train(TrainConfig(**{**options, 'batch_size': 24, 'in_memory': True, 'output_dir': str(tmp_path / 'other')}))
     # Accuracy is over the ten images that can be read.
     assert result.top1[4] == pytest.approx(round(result.top1[4] / 10) * 10)
 
@@ -739,6 +757,12 @@ def read_arguments(*arguments):
     parser = argparse.ArgumentParser()
     cli_train.add_arguments(parser)
     return cli_train.read_config(parser.parse_args(arguments))
+
+
+def test_options_that_phases_overrule_are_named(caplog):
+    config = read_arguments('--recipe', 'cifar10_grow.yaml', '--objective', 'hierarchical', '--seed', '1')
+    assert config.split()[0][1].objective == 'independent'
+    assert len(caplog.records) == 1 and 'objective ' in caplog.text and 'phase 1, 2' in caplog.text
 
 
 def test_there_are_recipes():
@@ -911,6 +935,7 @@ class TestPhases:
         first = RunCheckpoint.read(checkpoint.path.with_name('checkpoint-1.pth.tar'))
         assert not first.is_finished and first.create_model().nodes == (1, 1, 1, 1, 1)
         assert first.data_config['img_size'] == 8 and first.config['objective'] == 'independent'
+        assert first.recipe == checkpoint.recipe and first.config['epochs'] == 2
         # The recipe is that of the whole run, and trains it again.
         recipe = checkpoint.recipe
         assert [start for start, _ in TrainConfig.from_dict(recipe).split()] == [0, 2]
@@ -949,6 +974,20 @@ class TestPhases:
         for wrong in ([first, second], [phases[0], {**second, 'epochs': 4}]):  # a cosine is another from its start
             with pytest.raises(ValueError, match='phases'):
                 train(TrainConfig(**{**options, 'phases': wrong}))
+
+    def test_a_run_that_is_ended_sooner_is_finished(self, phased):
+        first = {**self.PHASES[0], 'sched': 'constant'}
+        whole = {**phased, 'phases': [first], 'epochs': 200}
+        last = train(TrainConfig(**whole)).checkpoint
+        shutil.copy(last.with_name('checkpoint-0.pth.tar'), last)
+        last.with_name('checkpoint-1.pth.tar').unlink()
+        weights = RunCheckpoint.read(last).weights()
+        assert not RunCheckpoint.read(last).is_finished
+        train(TrainConfig(**{**whole, 'phases': [{**first, 'epochs': 1}], 'resume': True}))
+        checkpoint = RunCheckpoint.read(last)
+        assert checkpoint.is_finished and (checkpoint.epoch, checkpoint.recipe['epochs']) == (0, 1)
+        for name, value in checkpoint.weights().items():
+            assert torch.equal(value, weights[name])
 
     @pytest.mark.parametrize('phases, words', [
         ([{'lr': 1.}], r'epochs.*phase 1.*lr'),

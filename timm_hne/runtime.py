@@ -3,12 +3,13 @@
     network = timm_hne.runtime.load('folder')
     logits = network.predict(network.prepare(pixels), num_members=4)
 """
+import functools
 import hashlib
 import json
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,18 @@ class Session:
     Args:
         program: A serialised ONNX model, or the path of one. Its first axes are those of the images.
         threads: Number of threads; that of the cores if None.
+        check: Called before the program is read again.
     """
     SIZES_KEPT = 8
 
-    def __init__(self, program: bytes | str | Path, threads: int | None = None):
+    def __init__(
+            self,
+            program: bytes | str | Path,
+            threads: int | None = None,
+            check: Callable[[], None] = lambda: None,
+    ):
         self._program = program
+        self._check = check
         self._threads = threads
         self._lock = threading.Lock()
         self._sessions: dict[tuple, Any] = {}
@@ -66,6 +74,7 @@ class Session:
             with self._lock:
                 session = self._sessions.get(key)  # another thread may have made it
                 if session is None:
+                    self._check()
                     session = self._create(key)
                     while len(self._sessions) >= self.SIZES_KEPT:
                         del self._sessions[next(iter(self._sessions))]
@@ -103,13 +112,17 @@ def load(folder: str | Path, threads: int | None = None) -> 'Runtime':
     """
     folder = Path(folder)
     manifest = _read_manifest(folder / MANIFEST)
-    for name, expected in manifest['files'].items():
+    _check_files(folder, manifest['files'])
+    return Runtime(folder, manifest, threads)
+
+
+def _check_files(folder: Path, digests: Mapping[str, str]) -> None:
+    for name, expected in digests.items():
         found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         if found != expected:
             raise RuntimeError(
                 f'{folder / name} has the SHA-256 digest {found}, but {MANIFEST} records {expected}: it is not the '
                 'file that was exported. Export again, or copy the folder again.')
-    return Runtime(folder, manifest, threads)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -183,7 +196,9 @@ class Runtime:
         self.ensemble_size = self.schedule[-1]
         self.num_classes: int = manifest['num_classes']
         self._macs = {int(n): count for n, count in manifest['macs'].items()}
-        self._steps = [(step, Session(folder / step['file'], threads)) for step in manifest['steps']]
+        # The files are read again for every new size of images, and may have been replaced meanwhile.
+        check = functools.partial(_check_files, folder, manifest['files'])
+        self._steps = [(step, Session(folder / step['file'], threads, check)) for step in manifest['steps']]
         # Seconds that steps took, per shape of the images and last member: what a deadline goes by.
         self._times: dict[tuple, deque] = defaultdict(lambda: deque(maxlen=5))
 

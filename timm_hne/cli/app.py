@@ -1,8 +1,6 @@
 """`timm-hne app`: a page to try a model in the browser."""
 import argparse
 
-import torch
-
 from ..inference.engines import ENGINES
 from ..process import keep_freed_memory
 from ..serving.classifier import Classifier
@@ -20,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--engine', choices=['auto', *ENGINES, 'none'], default='eager',
         help='what runs the model; all but eager and none may write programs for minutes at the first start (default: '
              '%(default)s; an exported folder has its own)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument(
+        '--device', default='auto', help='default: a GPU if there is one, the CPU for an exported folder')
     parser.add_argument(
         '--host', default='127.0.0.1', metavar='ADDRESS',
         help="address to bind to, '0.0.0.0' for everyone who reaches this machine (default: %(default)s)")
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         if error.name != 'gradio':
             raise
         raise ImportError("the page needs gradio: pip install 'timm-hne[app]'") from error
-    if torch.device(args.device).type == 'cpu':
+    if not args.device.startswith('cuda'):
         keep_freed_memory()
     classifier = Classifier.open(args.model, args.engine, args.device, **model_kwargs(args))
     print(f'timm-hne app: preparing {args.model} ...', flush=True)

@@ -160,9 +160,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f'the model takes images of {model.in_chans} channels, but their mean and standard deviation are known '
             f'for {len(data_config["mean"])} only; its checkpoint does not hold them.')
-    label_names = config.get('label_names') if args.checkpoint else model.pretrained_cfg.get('label_names')
     data = _Data.choose(args, config)
-    dataset = _open_images(data, model, label_names)
+    dataset = _open_images(data, model, model.pretrained_cfg.get('label_names'))
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],

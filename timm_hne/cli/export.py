@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='NAME by default; the working directory for single files')
     parser.add_argument('--checkpoint', metavar='PATH',
                         help='weights to export; they say nodes, classes, channels and image size')
-    parser.add_argument('--pretrained', action='store_true', help='export the pretrained weights')
+    parser.add_argument('--pretrained', action=argparse.BooleanOptionalAction,
+                        help='export the pretrained weights, the default without a checkpoint, or random ones')
     parser.add_argument('--threshold', type=float, help='threshold of early exit to recommend in the manifest')
     parser.add_argument('--criterion', choices=CRITERIA, default='confidence', help='criterion that it is of')
     parser.add_argument('--latency-table', metavar='PATH', help='latencies for the manifest, from timm-hne bench')
@@ -34,7 +35,10 @@ def run(args: argparse.Namespace) -> None:
     """Export a model."""
     kwargs, data_config = model_kwargs(args), {}
     if args.checkpoint is None:
-        model = create_ensemble(args.name, pretrained=args.pretrained, **kwargs)
+        pretrained = args.pretrained is not False
+        model = create_ensemble(args.name, pretrained=pretrained, **kwargs)
+        if not pretrained:  # then what the model's cfg says of its weights does not hold
+            model.pretrained_cfg.update(tag=None, label_names=None)
     elif args.pretrained:
         raise ValueError('only one of --checkpoint and --pretrained may be given.')
     else:
@@ -50,6 +54,9 @@ def run(args: argparse.Namespace) -> None:
         args.img_size = size
     image_size = input_size(args, model)
     if args.format != 'folder':
+        if args.threshold is not None or args.latency_table is not None:
+            raise ValueError(
+                f'threshold and latency_table are for the manifest of a folder, got format {args.format!r}.')
         _export_files(args, model, image_size)
         return
     schedule = validate_schedule(args.num_members, model.ensemble_size)

@@ -53,14 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--budget-ms', type=float, metavar='t',
         help='milliseconds that the network may take for an image; as many members as fit, at least one')
     parser.add_argument('--top-k', type=int, default=5, metavar='k', help='labels to print (default: %(default)s)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument(
+        '--device', default='auto', help='default: a GPU if there is one, the CPU for an exported folder')
     parser.add_argument(
         '--engine', choices=['auto', 'none', *ENGINES],
         help="what runs the model; 'none' is the model as it is, the default, and 'auto' that of a table")
     table = parser.add_argument_group('a table of a whole folder')
     table.add_argument(
         '--output', metavar='PATH', help='.parquet or .csv to write; an interrupted command goes on when repeated')
-    table.add_argument('--batch-size', type=int, default=64, metavar='n', help='default: %(default)s')
+    table.add_argument('--batch-size', type=int, metavar='n', help=f'default: {Bulk.batch_size}')
     table.add_argument('--workers', type=int, metavar='n', help='threads that load images, or processes of Ray')
     table.add_argument('--ray', action='store_true', help='compute by Ray Data, on the cluster of $RAY_ADDRESS if set')
 
@@ -74,7 +75,7 @@ def _write_table(args: argparse.Namespace) -> None:
         check_integer('workers', args.workers, 1)
     bulk = Bulk(
         args.model, args.engine or 'auto', args.device, model_kwargs(args), args.num_members, args.top_k,
-        args.batch_size)
+        Bulk.batch_size if args.batch_size is None else args.batch_size)
     bar = tqdm(unit='image')
 
     def progress(total: int, done: int):
@@ -99,11 +100,14 @@ def run(args: argparse.Namespace) -> None:
     check_integer('top_k', args.top_k, 1)
     if args.budget_ms is not None:
         check_number('budget_ms', args.budget_ms, 0, above=True)
-    if torch.device(args.device).type == 'cpu':
+    if not args.device.startswith('cuda'):
         keep_freed_memory()
     if args.output is not None:
         _write_table(args)
         return
+    for name, given in (('batch_size', args.batch_size), ('workers', args.workers), ('ray', args.ray or None)):
+        if given is not None:
+            raise ValueError(f'{name} is for a table (--output), got {given}.')
     classifier = Classifier.open(args.model, args.engine or 'none', args.device, **model_kwargs(args))
     labels = classifier.class_names
     unusual = 0

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 3 -m timm_hne train --recipe imagenet.yaml --data-dir DATA
 
 A recipe is a YAML file of keys, see timm_hne/training/recipe.py; each key is also an option here, which overrides the
-recipe.
+recipe, but not what its phases have of their own.
 """
 import argparse
 import logging
@@ -16,6 +16,8 @@ import yaml
 from ..training.recipe import TrainConfig, read_recipe
 from ..training.trainer import train
 from .arguments import add_model_kwargs
+
+_logger = logging.getLogger(__name__)
 
 
 def _read_value(text: str) -> Any:
@@ -49,7 +51,12 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
         ValueError: A recipe, a key or a value is wrong.
     """
     options = {key.name: getattr(args, key.name) for key in fields(TrainConfig) if hasattr(args, key.name)}
-    return TrainConfig.from_dict({**(read_recipe(args.recipe) if args.recipe else {}), **options})
+    config = TrainConfig.from_dict({**(read_recipe(args.recipe) if args.recipe else {}), **options})
+    for name in options:
+        numbers = [str(number) for number, phase in enumerate(config.phases, start=1) if name in phase]
+        if numbers and name != 'model_kwargs':
+            _logger.warning(f'{name} of the command line is not that of phase {", ".join(numbers)}, which has its own.')
+    return config
 
 
 def run(args: argparse.Namespace) -> None:

@@ -157,8 +157,8 @@ TRAITS = {
     'model': lambda run: MODELS.get(run['model'], run['model']),
     'objective': objective,
     'sharing': sharing,
-    'epochs': lambda run: f'{run["epochs"]} epochs',
-    'seed': lambda run: f'seed {run["seed"]}',
+    'epochs': lambda run: '' if run['epochs'] is None else f'{run["epochs"]} epochs',
+    'seed': lambda run: '' if run['seed'] is None else f'seed {run["seed"]}',
 }
 
 
@@ -171,7 +171,7 @@ def label_runs(runs: list[Run], main: str, apart: tuple[str, ...] = ()) -> list[
             names.insert(0, values)
         elif trait not in apart and len(set(values)) > 1:
             names.append(values)
-    return [', '.join(parts) for parts in zip(*names)]
+    return [', '.join(filter(None, parts)) for parts in zip(*names)]
 
 
 def distinct(runs: list[Run], key: str) -> list:

@@ -71,7 +71,9 @@ def export_folder(
     if exit_point is not None:
         validate_criterion(criterion, exit_point.threshold, model.num_classes)
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).exists())):
+    # An export that was interrupted leaves programs without a manifest.
+    others = folder.is_dir() and any(path not in _program_files(folder) for path in folder.iterdir())
+    if folder.exists() and (not folder.is_dir() or (others and not (folder / MANIFEST).exists())):
         raise FileExistsError(f'folder must be new, or hold an exported model: {folder} holds something else.')
     with torch.inference_mode(False):
         plain = folded(model).cpu().float()
@@ -100,11 +102,15 @@ def export_folder(
         folder.mkdir(exist_ok=True)
         # Without its manifest a folder is nothing; so it is never half the old one and half the new one.
         (folder / MANIFEST).unlink(missing_ok=True)
-        for path in [*folder.glob('step_*.onnx'), *folder.glob(WEIGHTS)]:
+        for path in _program_files(folder):
             path.unlink()
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST):
             shutil.move(path, folder / path.name)
     return manifest
+
+
+def _program_files(folder: Path) -> list[Path]:
+    return [*folder.glob('step_*.onnx'), *folder.glob(WEIGHTS)]
 
 
 def _describe(model: HierarchicalEnsemble) -> dict[str, Any]:

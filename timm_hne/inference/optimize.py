@@ -108,8 +108,9 @@ class OptimizedEnsemble(nn.Module):
         self.model.num_members = num_members
 
     def forward(self, x: Tensor, num_members: int | None = None) -> Tensor:
-        """Compute the ensemble's logits `(B, num_classes)`, as the original does."""
-        return self.forward_members(x, num_members).mean(dim=1)
+        """Compute the ensemble's logits `(B, num_classes)`, or features `(B, n * F)`, as the original does."""
+        members = self.forward_members(x, num_members)
+        return members.mean(dim=1) if self.model.num_classes else members.flatten(1)
 
     def forward_members(self, x: Tensor, num_members: int | None = None) -> Tensor:
         """Compute the logits of each of the first n members `(B, n, num_classes)`, as the original does."""
@@ -248,13 +249,15 @@ def optimize_for_inference(
 
     Raises:
         TypeError: `model` is no hierarchical ensemble, or `dtype` no floating point type.
-        ValueError: `model` is in training mode, `example_input` is not a batch of images for it, or the engine is
-            unknown or cannot run on the model's device or in its type.
+        ValueError: `model` is in training mode or has no pooling, `example_input` is not a batch of images for it, or
+            the engine is unknown or cannot run on the model's device or in its type.
         ImportError: The engine is not installed.
     """
     check_ensemble(model)
     if model.training:
         raise ValueError('model must be in evaluation mode, got one in training mode; call model.eval() first.')
+    if not model.poolings:
+        raise ValueError("model must pool its last feature maps, got one with global_pool=''.")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f'dtype must be a floating point torch.dtype or None, got {dtype!r}.')
     if compile is not None:

@@ -1,9 +1,12 @@
 """A request to `AdaptiveRunner`, what becomes of it, and the counts of all of them."""
+import logging
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+
+_logger = logging.getLogger(__name__)
 
 
 class Overloaded(RuntimeError):
@@ -66,3 +69,14 @@ class Request:
     def plain(self) -> bool:
         """Whether it takes as many members as the batch gets."""
         return self.limit is None and self.threshold is None
+
+
+def resolve(future: Future, outcome: Answer | BaseException) -> None:
+    """End a request; whatever its client's callbacks raise, the worker and the other requests go on."""
+    try:
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    except BaseException:
+        _logger.exception('a callback of a request failed, or its client resolved it')

@@ -24,7 +24,7 @@ from ..tree import prefixes
 from .early_exit import exit_in_batch, validate_criterion
 from .optimize import OptimizedEnsemble
 from .policy import MemberPolicy
-from .requests import Answer, Overloaded, Request, RunnerStats, ShutDown
+from .requests import Answer, Overloaded, Request, RunnerStats, ShutDown, resolve
 
 __all__ = ['AdaptiveRunner', 'Answer', 'Overloaded', 'RunnerStats', 'ShutDown']
 
@@ -193,6 +193,10 @@ class AdaptiveRunner:
                     times.append(_clock() - begin)
                 row[size] = max(statistics.median(times), 1e-6)  # a coarse clock may have stood still
             seconds[num_members] = dict(zip(sizes, itertools.accumulate((row[size] for size in sizes), max)))
+        # Requests with a bound or a threshold go step by step, through programs of their own, and leave single images.
+        for size in {self.max_batch_size, 1} if isinstance(self.model, OptimizedEnsemble) else ():
+            images, most = torch.randn(size, *self.input_size), self.schedule[-1]
+            self._exit_early(images, most, [Request(image, 0., limit=most) for image in images])
         return seconds
 
     def submit(
@@ -299,7 +303,7 @@ class AdaptiveRunner:
             if self._claim(request.future):
                 with self._condition:
                     self.stats.rejected += 1
-                _resolve(request.future, ShutDown('The runner was shut down before the request was answered.'))
+                resolve(request.future, ShutDown('The runner was shut down before the request was answered.'))
 
     def _claim(self, future: Future) -> bool:
         """Make a future ours to resolve, unless its client has cancelled it or resolved it."""
@@ -379,22 +383,11 @@ class AdaptiveRunner:
                 self._busy_until = None
                 self.stats.failed += len(requests)
             for request in requests:
-                _resolve(request.future, error)
+                resolve(request.future, error)
             return
         with self._condition:
             self._busy_until = None
             self.stats.answered += len(requests)
             self.stats.members += sum(used)
         for request, row, count in zip(requests, logits, used):
-            _resolve(request.future, Answer(row.clone(), count))
-
-
-def _resolve(future: Future, outcome: Answer | BaseException) -> None:
-    """End a request; whatever its client's callbacks raise, the worker and the other requests go on."""
-    try:
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-    except BaseException:
-        _logger.exception('a callback of a request failed, or its client resolved it')
+            resolve(request.future, Answer(row.clone(), count))

@@ -45,7 +45,7 @@ class CutModel:
         out_channels: Channels of the features of each block.
         reductions: Image size over feature map size, for each block.
         channel_axes: Dimension of the channels, for each block.
-        main: Which tensor of the features the two lines above are about, for each block.
+        main: Which tensor of the features the two lines above are about, for each block; None where they are one.
         input_size: Channels, height and width of the images that the model was compared with its parts on.
     """
     name: str
@@ -55,7 +55,7 @@ class CutModel:
     out_channels: tuple[int, ...]
     reductions: tuple[int, ...]
     channel_axes: tuple[int, ...]
-    main: tuple[int, ...]
+    main: tuple[int | None, ...]
     input_size: tuple[int, int, int]
 
 
@@ -340,7 +340,7 @@ def _describe(
         channels = layout.shapes[i][axis - 1]
         positions = max(math.prod(layout.shapes[i]) // channels, 1)
         reduction = info.get('reduction') or max(round(math.sqrt(size[1] * size[2] / positions)), 1)
-        described.append((channels, reduction, axis, i))
+        described.append((channels, reduction, axis, i if len(layout.shapes) > 1 else None))
     return tuple(zip(*described))
 
 

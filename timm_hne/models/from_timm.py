@@ -182,8 +182,9 @@ class HNEFromTimm(ReplicatedEnsemble):
         args = {**self.base_args, 'num_classes': self.num_classes, 'in_chans': self.in_chans}
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         for node in range(1, self.nodes[-1]):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(zlib.crc32(f'{seed} {node}'.encode()))
+            with torch.random.fork_rng(devices=[]), torch.device('cpu'):
+                # Not `torch.manual_seed`, which would seed the generators of GPUs too, for good.
+                torch.random.default_generator.manual_seed(zlib.crc32(f'{seed} {node}'.encode()))
                 try:
                     fresh = timm.create_model(self.base, pretrained=False, **args).state_dict()
                 except Exception as error:

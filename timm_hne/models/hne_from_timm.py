@@ -147,6 +147,8 @@ def hne_from_timm(
         overlay['input_size'] = (kwargs.get('in_chans', cfg.input_size[0]), *size)
     of_ensemble = pretrained and (published or any(overlay.get(key) for key in SOURCES))
     if of_ensemble:
+        if kwargs.get('init') == 'fresh':
+            raise ValueError("init must not be 'fresh' with the pretrained weights of an ensemble.")
         kwargs['init'] = 'copy'  # all weights are replaced
     create = functools.partial(
         from_name, base_pretrained=pretrained and not of_ensemble, cache_dir=None if of_ensemble else cache_dir)

@@ -1,5 +1,6 @@
 """Replicated blocks and their ensembles: one plain module per node, for any stage of any network."""
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ class ReplicatedBlock(ReplicatedModules, Block):
         parents: Number of nodes of the block before; 1 for the first block, whose parent is the image.
         out_channels: Channels of the features of one node.
         channel_axis: Axis of the channels of the features, for `merge`.
-        main: Which tensor `merge` takes where features are a tuple.
+        main: Which tensor `merge` takes where features are a tuple, None where they are a tensor.
 
     Features are a list with an entry per node. The input of the first block is a batch of images, `(B, C, H, W)`.
     """
@@ -67,7 +68,7 @@ class ReplicatedBlock(ReplicatedModules, Block):
             parents: int,
             out_channels: int,
             channel_axis: int = 1,
-            main: int = 0,
+            main: int | None = None,
     ):
         super().__init__(modules)
         self.parents = parents
@@ -101,9 +102,22 @@ class ReplicatedBlock(ReplicatedModules, Block):
         return [features for part in parts for features in part]
 
     def merge(self, x: list[Any]) -> torch.Tensor:
-        return torch.cat([f if isinstance(f, torch.Tensor) else f[self.main] for f in x], dim=self.channel_axis)
+        return torch.cat([f if self.main is None else f[self.main] for f in x], dim=self.channel_axis)
+
+    def feature_map(self, x: list[Any], size: tuple[int, int]) -> torch.Tensor:
+        x = self.merge(x).movedim(self.channel_axis, 1)
+        if x.dim() != 3:
+            return x
+        if x.shape[2] < math.prod(size):
+            raise ValueError(f'{x.shape[2]} tokens are no feature map of {size[0]}x{size[1]}.')
+        # The tokens of classes and registers come first in timm.
+        return x[:, :, x.shape[2] - math.prod(size):].unflatten(2, size)
 
     def split(self, x: torch.Tensor) -> list[Any]:
+        if self.main is not None:
+            raise ValueError(
+                'the head needs all tensors that the last block returns, x is one of them: call the model itself, or '
+                'forward_members.')
         check_features(x, self, self.channel_axis)
         return list(x.split(self.out_channels, dim=self.channel_axis))
 
@@ -185,11 +199,12 @@ class ReplicatedEnsemble(HierarchicalEnsemble):
             raise ValueError(f'The heads were removed with the last blocks, got num_classes={num_classes}.')
         if num_classes and global_pool == '':
             raise ValueError(f"A classifier of {num_classes} classes needs a pooling, got global_pool=''.")
-        if global_pool != '':
-            copy.deepcopy(self.heads[0]).reset_classifier(num_classes, global_pool)  # fails before anything has changed
+        if len(self.heads):
+            pool = None if global_pool == '' else global_pool  # the heads keep theirs, which is passed over
+            copy.deepcopy(self.heads[0]).reset_classifier(num_classes, pool)  # fails before anything has changed
             present = set(self.modules())
             for head in self.heads:
-                head.reset_classifier(num_classes, global_pool)
+                head.reset_classifier(num_classes, pool)
             # A head without parameters does not know where its classifier belongs.
             like = next(self.parameters())
             for module in set(self.heads.modules()) - present:

@@ -69,7 +69,7 @@ def build_model(
     overlay = pretrained_cfg_overlay or {}
     if any(key in overlay for key in SOURCES):
         # Other weights than the tag's: its file must not come before them, nor its names of classes go with them.
-        cfg = replace(cfg, **{'file': None, 'label_names': None, **overlay})
+        cfg = replace(cfg, **{'file': None, 'source': None, 'label_names': None, **overlay})
     weights, config = read_weights(cfg, cache_dir)
     if config is not None:
         check_config(config, variant, cfg, model_args, pretrained_cfg_overlay)

@@ -60,7 +60,6 @@ def _open_model(name: str, **kwargs) -> HierarchicalEnsemble | ExportedEnsemble:
         # How images were prepared in training holds here too.
         data_config = {**checkpoint.data_config, 'in_chans': model.in_chans}
         model.pretrained_cfg.update(resolve_data_config(data_config, model=model))
-        model.pretrained_cfg['label_names'] = checkpoint.args.get('label_names')
         return model.eval()
     if (path / MANIFEST).is_file():
         if kwargs:
@@ -141,7 +140,7 @@ class Classifier:
                 wrote.
             engine: What runs it: see `timm_hne.optimize_for_inference`; 'none' is the model as it is. An exported
                 model has its own.
-            device: Where it runs.
+            device: Where it runs; 'auto' is a GPU if there is one, but the CPU for an exported model.
             max_pixels: Number of pixels of an image at most.
             **kwargs: Further arguments of the model.
 
@@ -153,7 +152,10 @@ class Classifier:
         name = os.fspath(name)
         if engine not in ('auto', 'none', *ENGINES):
             raise ValueError(f'engine must be one of auto, none, {", ".join(ENGINES)}, got {engine!r}.')
-        model = _open_model(name, **kwargs).to(device)
+        model = _open_model(name, **kwargs)
+        if device == 'auto':
+            device = 'cuda' if torch.cuda.is_available() and not isinstance(model, ExportedEnsemble) else 'cpu'
+        model = model.to(device)
         if isinstance(model, ExportedEnsemble):
             return cls(model, model.macs, max_pixels=max_pixels)
         if model.num_classes == 0:

@@ -75,9 +75,6 @@ class Replica:
         keep_freed_memory()
         self.runner = None
         self.classifier = Classifier.open(settings.model, settings.engine, max_pixels=settings.max_pixels)
-        # Early exit leaves batches of any size, one of which is a single image.
-        self.classifier.warm_up(2)
-        self.classifier.warm_up(1)
         self.runner = AdaptiveRunner(
             self.classifier.model, settings.latency_target, self.classifier.input_size, settings.max_batch_size,
             min_members=settings.min_members, max_members=settings.max_members, freeze_garbage=True)

@@ -175,8 +175,8 @@ class RunCheckpoint:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """How the weights were trained: what was computed, and no path of a machine."""
-        return recipe_of({**self.args, **self._done})
+        """How the run was planned that the weights are of: what was computed, and no path of a machine."""
+        return recipe_of({**self._done, **self.args})
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -220,6 +220,8 @@ class RunCheckpoint:
     def create_model(self, name: str | None = None, **kwargs) -> HierarchicalEnsemble:
         """Build the model and load the weights. Nodes, classes and image channels are read off the weights.
 
+        The names of the classes, if the file has them, are `label_names` of the model's `pretrained_cfg`.
+
         Args:
             name: Name of the model; the one in the file if None.
             **kwargs: Arguments of the model that the file does not say, or says otherwise.
@@ -259,6 +261,8 @@ class RunCheckpoint:
             reason = ' '.join(' '.join(str(error).splitlines()[:2]).split())
             recorded = f' It says that it is of {self.arch}.' if self.arch not in (None, name) else ''
             raise ValueError(f'{self.argument} {self.path} is not one of {name}: {reason}{recorded}') from error
+        # Those of the packaged weights of the architecture are others.
+        model.pretrained_cfg.update(tag=None, label_names=self.args.get('label_names'))
         return model
 
     def check_same_run(self, config: TrainConfig, label_names: list[str] | None = None, world_size: int = 1) -> None:

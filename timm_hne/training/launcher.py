@@ -15,6 +15,7 @@ in the script itself. Nothing is changed in a process that does neither, and not
 """
 import argparse
 import inspect
+import os
 import runpy
 import sys
 import traceback
@@ -57,6 +58,7 @@ def run_script(path: str, arguments: Sequence[str]) -> None:
             given for a model that is no hierarchical ensemble.
     """
     sys.argv = [path, *arguments]
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # last: beside timm's scripts there is another timm
     with _injected(), warnings.catch_warnings():
         try:
             runpy.run_path(path, run_name='__main__')

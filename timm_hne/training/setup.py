@@ -57,24 +57,27 @@ def open_data(config: TrainConfig) -> tuple[Dataset, Dataset, list[str] | None, 
 
 def _check_streamed(config: TrainConfig) -> None:
     """Refuse what cannot be done with a data set that is a stream."""
-    for name, wrong, allowed, reason in (
-            ('in_memory', config.in_memory, 'false', ''),
-            ('unreadable', config.unreadable != 'skip', 'skip', ', whose reader passes over what it cannot read'),
-            ('num_workers', not config.num_workers, 'at least 1', ', or a resumed run would see other images'),
-    ):
-        if wrong:
-            raise ValueError(
-                f'{name} must be {allowed} for the streamed data set {config.dataset!r}{reason}, '
-                f'got {getattr(config, name)}.')
+    for _, part in config.split():
+        for name, wrong, allowed, reason in (
+                ('in_memory', part.in_memory, 'false', ''),
+                ('unreadable', part.unreadable != 'skip', 'skip', ', whose reader passes over what it cannot read'),
+                ('num_workers', not part.num_workers, 'at least 1', ', or a resumed run would see other images'),
+                ('batch_size', part.batch_size != config.batch_size, f'{config.batch_size} in all phases',
+                 ', which is opened with it'),
+        ):
+            if wrong:
+                raise ValueError(
+                    f'{name} must be {allowed} for the streamed data set {config.dataset!r}{reason}, '
+                    f'got {getattr(part, name)}.')
 
 
-def check_phases(config: TrainConfig, num_classes: int, num_images: int, world_size: int) -> None:
+def check_phases(config: TrainConfig, num_classes: int, train_set: Dataset, world_size: int) -> None:
     """Refuse phases that cannot follow each other, which would else be found out when the ones before are trained.
 
     Args:
         config: Configuration of a run.
         num_classes: Number of classes of the data.
-        num_images: Number of training images.
+        train_set: Training images.
         world_size: Number of processes.
 
     Raises:
@@ -83,11 +86,13 @@ def check_phases(config: TrainConfig, num_classes: int, num_images: int, world_s
             its optimizer or its schedule is none, or the last has no `best_members`.
     """
     before = None
-    for _, part in config.split():
-        if part.batch_size * part.grad_accum_steps * world_size > num_images:
+    for number, (_, part) in enumerate(config.split(), start=1):
+        used = part.batch_size * part.grad_accum_steps * world_size
+        if not isinstance(train_set, IterableDataset) and used > len(train_set):
+            where = f'in phase {number}' if config.phases else '(--batch-size)'
             raise ValueError(
                 f'batch_size {part.batch_size} * grad_accum_steps {part.grad_accum_steps} * {world_size} process(es) '
-                f'exceeds the {num_images} training images: give a smaller batch_size (--batch-size).')
+                f'exceeds the {len(train_set)} training images: give a smaller batch_size {where}.')
         model = create_model(
             part.model, num_classes=num_classes, in_chans=part.in_chans, device='meta', **part.model_kwargs)
         if not isinstance(model, HierarchicalEnsemble):

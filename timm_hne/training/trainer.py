@@ -125,7 +125,7 @@ def _train_phases(
     data = open_data(config)
     if waits and not rank:
         dist.barrier()
-    check_phases(config, num_classes=data[-1], num_images=len(data[0]), world_size=world_size)
+    check_phases(config, data[-1], data[0], world_size)
     result, history = None, []
     parts = config.split()
     for (start, part), (following, _) in itertools.zip_longest(parts, parts[1:], fillvalue=(math.inf, None)):
@@ -216,6 +216,10 @@ class _Phase:
             create_image_loader(dataset, config, training, resize, device, rank, world_size)
             for dataset, training in ((train_set, True), (val_set, False)))
         self.updates_per_epoch = len(self.train_loader) // config.grad_accum_steps
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f'batch_size {config.batch_size} * grad_accum_steps {config.grad_accum_steps} * {world_size} '
+                'process(es) exceeds the training images that can be read: give a smaller batch_size.')
         self.scheduler = create_scheduler(self.optimizer, config, self.updates_per_epoch)
 
         self.writer = self.summary = None
@@ -229,6 +233,8 @@ class _Phase:
                 whole.best_members, self.summary.rows, _epoch_of(self.output_dir / BestCheckpoint.NAME))
             if checkpoint is not None:  # which may have been written, and not yet kept, when the run was interrupted
                 self.best.save(self.start_epoch - 1, checkpoint.path)
+                if checkpoint.epochs_planned != whole.epochs and self.start_epoch == whole.epochs:
+                    self.writer.save(self.start_epoch - 1)  # it is the last one now, and must say so
 
     def run(self, history: list[dict[str, float]]) -> TrainResult:
         """Train the epochs that are left, and add a row for each to the history."""
