@@ -783,3 +783,16 @@ def test_fresh_nodes_need_a_base_that_timm_can_make():
     with pytest.raises(ValueError, match=r'fresh.*test_resnet'):
         timm_hne.hierarchize(model, init='fresh')
     assert same(before, snapshot(model))
+
+
+def test_growing_from_given_weights_heeds_the_noise():
+    base = make_base(num_classes=5)
+    x, overlay = images(base), dict(state_dict=base.state_dict(), num_classes=5)
+
+    def spread(**kwargs):
+        model = by_name(pretrained=True, pretrained_cfg_overlay=overlay, **{'init': None, **kwargs}).eval()
+        return model.forward_members(x).std(dim=1).mean().item()
+
+    assert spread(init='copy') == spread(noise=0.) < spread(noise=0.1) < spread()
+    with pytest.raises(ValueError, match="init .*'fresh'"):
+        spread(init='fresh')

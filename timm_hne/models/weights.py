@@ -28,6 +28,7 @@ def build_model(
         pretrained_cfg: str | dict | PretrainedCfg | None = None,
         pretrained_cfg_overlay: dict | None = None,
         cache_dir: str | PathLike | None = None,
+        grow_noise: float = NOISE,
         **kwargs,
 ) -> nn.Module:
     """Build a model as timm's `build_model_with_cfg` does, with weights whose digest was checked.
@@ -39,6 +40,7 @@ def build_model(
         pretrained_cfg: Tag or configuration of the weights.
         pretrained_cfg_overlay: Entries that replace those of `pretrained_cfg`.
         cache_dir: Cache of the Hugging Face client, its own choice if None.
+        grow_noise: Standard deviation of the noise if the weights are those of a smaller tree; see `fit_weights`.
         **kwargs: The other arguments of `build_model_with_cfg` and of the model.
 
     Raises:
@@ -82,7 +84,7 @@ def build_model(
         meta = model_cls(**on_meta)
         meta.pretrained_cfg = vars(cfg)
         stored = cfg if config is not None else _as_stored(cfg, weights, meta)
-        fitted = fit_weights(weights, meta, stored)
+        fitted = fit_weights(weights, meta, stored, grow_noise)
         source = dict(
             state_dict=fitted,
             num_classes=stored.num_classes,
