@@ -794,5 +794,5 @@ def test_growing_from_given_weights_heeds_the_noise():
         return model.forward_members(x).std(dim=1).mean().item()
 
     assert spread(init='copy') == spread(noise=0.) < spread(noise=0.1) < spread()
-    with pytest.raises(ValueError, match="init .*'fresh'"):
+    with pytest.raises(ValueError, match=r"init .*'fresh'"):
         spread(init='fresh')
