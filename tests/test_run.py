@@ -280,8 +280,9 @@ def test_errors_of_the_script_keep_their_traceback(script, capsys):
 def test_modules_beside_the_script(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'path', [*sys.path])
     (tmp_path / 'helper_of_the_script.py').write_text('word = "helped"')
-    (tmp_path / 'timm.py').write_text('raise RuntimeError("the timm beside the script")')
-    main(['run', script('import helper_of_the_script, timm.data\nprint(helper_of_the_script.word)\n')])
+    monkeypatch.delitem(sys.modules, 'colorsys', raising=False)  # stands for timm, beside whose scripts there is a timm
+    (tmp_path / 'colorsys.py').write_text('raise RuntimeError("not the installed one")')
+    main(['run', script('import colorsys, helper_of_the_script\nprint(helper_of_the_script.word)\n')])
     assert capsys.readouterr().out == 'helped\n'
 
 

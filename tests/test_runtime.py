@@ -2,6 +2,7 @@
 import collections
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -276,15 +277,30 @@ def test_export_folder_refuses(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
 
 
-def test_an_interrupted_export_can_be_repeated(model, folder, tmp_path):
-    copy = copied(folder, tmp_path)
-    (copy / runtime.MANIFEST).unlink()
+def test_an_interrupted_export_can_be_repeated(model, folder, tmp_path, monkeypatch):
+    copy, move = copied(folder, tmp_path), shutil.move
+
+    def interrupted(path, to):
+        if path.name == 'weights.bin':
+            raise KeyboardInterrupt
+        move(path, to)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, 'move', interrupted)
+        export_folder(model, copy, (3, 8, 8))
+    assert not (copy / runtime.MANIFEST).exists()
     export_folder(model, copy, (3, 8, 8))
     assert runtime.load(copy).ensemble_size == 4
+    assert {path.name for path in copy.iterdir()} == {path.name for path in folder.iterdir()}
     (copy / runtime.MANIFEST).unlink()
-    (copy / 'mine.txt').touch()
-    with pytest.raises(FileExistsError, match='something else'):
+    with pytest.raises(FileExistsError, match='something else'):  # they may be somebody's own
         export_folder(model, copy, (3, 8, 8))
+
+
+def test_the_names_of_other_classes_are_not_exported(tmp_path):
+    model = timm.create_model('hne_resnet50_c8', pretrained=True, num_classes=7, nodes=(1,) * 5).eval()
+    manifest = export_folder(model, tmp_path / 'folder', (3, 8, 8))
+    assert (manifest['tag'], manifest['label_names']) == (None, None)
 
 
 def test_a_file_that_is_replaced_meanwhile_is_not_read(folder, tmp_path):

@@ -977,15 +977,17 @@ class TestPhases:
 
     def test_a_run_that_is_ended_sooner_is_finished(self, phased):
         first = {**self.PHASES[0], 'sched': 'constant'}
-        whole = {**phased, 'phases': [first], 'epochs': 200}
+        whole = {**phased, 'phases': [first], 'epochs': 200, 'best_members': 1}
         last = train(TrainConfig(**whole)).checkpoint
         shutil.copy(last.with_name('checkpoint-0.pth.tar'), last)
         last.with_name('checkpoint-1.pth.tar').unlink()
+        last.with_name('model_best.pth.tar').unlink()
         weights = RunCheckpoint.read(last).weights()
         assert not RunCheckpoint.read(last).is_finished
         train(TrainConfig(**{**whole, 'phases': [{**first, 'epochs': 1}], 'resume': True}))
         checkpoint = RunCheckpoint.read(last)
         assert checkpoint.is_finished and (checkpoint.epoch, checkpoint.recipe['epochs']) == (0, 1)
+        assert RunCheckpoint.read(last.with_name('model_best.pth.tar')).recipe == checkpoint.recipe
         for name, value in checkpoint.weights().items():
             assert torch.equal(value, weights[name])
 

@@ -3,13 +3,12 @@
     network = timm_hne.runtime.load('folder')
     logits = network.predict(network.prepare(pixels), num_members=4)
 """
-import functools
 import hashlib
 import json
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +124,11 @@ def _check_files(folder: Path, digests: Mapping[str, str]) -> None:
                 'file that was exported. Export again, or copy the folder again.')
 
 
+def _stamps(folder: Path, names: Iterable[str]) -> list[tuple[int, ...]]:
+    """Return what changes with a file."""
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in ((folder / name).stat() for name in names)]
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding='utf-8'))
@@ -197,7 +201,12 @@ class Runtime:
         self.num_classes: int = manifest['num_classes']
         self._macs = {int(n): count for n, count in manifest['macs'].items()}
         # The files are read again for every new size of images, and may have been replaced meanwhile.
-        check = functools.partial(_check_files, folder, manifest['files'])
+        before = _stamps(folder, manifest['files'])
+
+        def check() -> None:
+            if _stamps(folder, manifest['files']) != before:
+                _check_files(folder, manifest['files'])
+
         self._steps = [(step, Session(folder / step['file'], threads, check)) for step in manifest['steps']]
         # Seconds that steps took, per shape of the images and last member: what a deadline goes by.
         self._times: dict[tuple, deque] = defaultdict(lambda: deque(maxlen=5))

@@ -24,6 +24,7 @@ from .latency import LatencyTable
 from .programs import TOLERANCE, Program, ProgramStore
 
 WEIGHTS = 'weights.bin'
+_UNFINISHED = f'{MANIFEST}.tmp'  # marks a folder that is being written
 
 # Tensors of fewer bytes stay in their program.
 _INLINE_BYTES = 256
@@ -71,9 +72,8 @@ def export_folder(
     if exit_point is not None:
         validate_criterion(criterion, exit_point.threshold, model.num_classes)
     folder = Path(folder)
-    # An export that was interrupted leaves programs without a manifest.
-    others = folder.is_dir() and any(path not in _program_files(folder) for path in folder.iterdir())
-    if folder.exists() and (not folder.is_dir() or (others and not (folder / MANIFEST).exists())):
+    ours = any((folder / name).exists() for name in (MANIFEST, _UNFINISHED))
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not ours)):
         raise FileExistsError(f'folder must be new, or hold an exported model: {folder} holds something else.')
     with torch.inference_mode(False):
         plain = folded(model).cpu().float()
@@ -100,28 +100,28 @@ def export_folder(
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=2) + '\n')
         _compare(temporary, model, input_size, manifest['image']['any_size'])
         folder.mkdir(exist_ok=True)
+        (folder / _UNFINISHED).touch()
         # Without its manifest a folder is nothing; so it is never half the old one and half the new one.
         (folder / MANIFEST).unlink(missing_ok=True)
-        for path in _program_files(folder):
+        for path in [*folder.glob('step_*.onnx'), *folder.glob(WEIGHTS)]:
             path.unlink()
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST):
             shutil.move(path, folder / path.name)
+        (folder / _UNFINISHED).unlink()
     return manifest
-
-
-def _program_files(folder: Path) -> list[Path]:
-    return [*folder.glob('step_*.onnx'), *folder.glob(WEIGHTS)]
 
 
 def _describe(model: HierarchicalEnsemble) -> dict[str, Any]:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
+    names = cfg.get('label_names') or None
+    replaced = names is not None and len(names) != model.num_classes  # the classifier, which is another than the tag's
     return {
         'architecture': cfg.get('architecture') or type(model).__name__,
-        'tag': cfg.get('tag') or None,
+        'tag': None if replaced else cfg.get('tag') or None,
         'nodes': list(model.nodes),
         'ensemble_size': model.ensemble_size,
         'num_classes': model.num_classes,
-        'label_names': cfg.get('label_names') or None,
+        'label_names': None if replaced else names,
     }
 
 

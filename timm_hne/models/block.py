@@ -102,16 +102,8 @@ class Block(NodeWeights, nn.Module):
     def merge(self, x: Any) -> torch.Tensor:
         """Return features as one tensor that has the channels of all nodes side by side."""
 
-    def feature_map(self, x: Any, size: tuple[int, int]) -> torch.Tensor:
-        """Return features as feature maps `(B, C, H, W)` that have the channels of all nodes side by side.
-
-        Args:
-            x: The features.
-            size: Height and width, for features that do not say their own.
-
-        Raises:
-            ValueError: The features are no feature maps of this size.
-        """
+    def feature_map(self, x: Any) -> torch.Tensor:
+        """Return features as `merge` does, but feature maps as `(B, C, H, W)` in any case."""
         return self.merge(x)
 
     @abstractmethod

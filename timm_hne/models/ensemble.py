@@ -284,10 +284,10 @@ class HierarchicalEnsemble(nn.Module):
 
         Returns:
             The last features, as `forward_features` returns them, and the feature maps `(B, C, H, W)` of the blocks
-            asked for; or the latter only.
+            asked for, tokens as the base has them; or the latter only.
 
         Raises:
-            ValueError: `output_fmt` is not 'NCHW', or the features of a block are no feature maps.
+            ValueError: `output_fmt` is not 'NCHW'.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
@@ -295,13 +295,11 @@ class HierarchicalEnsemble(nn.Module):
         num_members = self._resolve_num_members(num_members)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         intermediates: List[torch.Tensor] = []
-        height, width = x.shape[-2:]
         for b, block in enumerate(self.blocks):
             if b <= max_index or not stop_early:
                 x = block(x, self._span(block.nodes, num_members))
                 if b in take_indices:
-                    size = (-(-height // self.reductions[b]), -(-width // self.reductions[b]))
-                    intermediates.append(block.feature_map(x, size))
+                    intermediates.append(block.feature_map(x))
         if intermediates_only:
             return intermediates
         return self.blocks[max_index if stop_early else -1].merge(x), intermediates

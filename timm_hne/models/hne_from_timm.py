@@ -146,10 +146,7 @@ def hne_from_timm(
         size = (size, size) if isinstance(size, int) else tuple(size)
         overlay['input_size'] = (kwargs.get('in_chans', cfg.input_size[0]), *size)
     of_ensemble = pretrained and (published or any(overlay.get(key) for key in SOURCES))
-    grow_noise = 0. if kwargs.get('init') == 'copy' else kwargs.get('noise', NOISE)
     if of_ensemble:
-        if kwargs.get('init') == 'fresh':
-            raise ValueError("init must not be 'fresh' with the pretrained weights of an ensemble.")
         kwargs['init'] = 'copy'  # all weights are replaced
     create = functools.partial(
         from_name, base_pretrained=pretrained and not of_ensemble, cache_dir=None if of_ensemble else cache_dir)
@@ -160,7 +157,8 @@ def hne_from_timm(
             probe = {key: value for key, value in kwargs.items() if key != 'pretrained_model_args'}
             out_indices = range(len(from_name(base, **{**probe, 'device': 'meta'}).blocks))
         kwargs.update(features_only=True, out_indices=out_indices, feature_cls='getter')
-    model = build_model(create, 'hne_from_timm', of_ensemble, cfg, overlay, cache_dir, grow_noise, base=base, **kwargs)
+    model = build_model(
+        create, 'hne_from_timm', of_ensemble, cfg, overlay, cache_dir, kwargs.get('noise', NOISE), base=base, **kwargs)
     if isinstance(model, HNEFromTimm):
         model.pretrained_cfg.update(model.own_names, input_size=get_model_input_config(model)['input_size'])
     return model

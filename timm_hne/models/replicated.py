@@ -1,6 +1,5 @@
 """Replicated blocks and their ensembles: one plain module per node, for any stage of any network."""
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,14 +103,10 @@ class ReplicatedBlock(ReplicatedModules, Block):
     def merge(self, x: list[Any]) -> torch.Tensor:
         return torch.cat([f if self.main is None else f[self.main] for f in x], dim=self.channel_axis)
 
-    def feature_map(self, x: list[Any], size: tuple[int, int]) -> torch.Tensor:
-        x = self.merge(x).movedim(self.channel_axis, 1)
-        if x.dim() != 3:
-            return x
-        if x.shape[2] < math.prod(size):
-            raise ValueError(f'{x.shape[2]} tokens are no feature map of {size[0]}x{size[1]}.')
-        # The tokens of classes and registers come first in timm.
-        return x[:, :, x.shape[2] - math.prod(size):].unflatten(2, size)
+    def feature_map(self, x: list[Any]) -> torch.Tensor:
+        x = self.merge(x)
+        # Where tokens belong in the image, the base alone knows.
+        return x.movedim(self.channel_axis, 1) if x.dim() == 4 else x
 
     def split(self, x: torch.Tensor) -> list[Any]:
         if self.main is not None:

@@ -232,9 +232,11 @@ class _Phase:
             self.best = BestCheckpoint(
                 whole.best_members, self.summary.rows, _epoch_of(self.output_dir / BestCheckpoint.NAME))
             if checkpoint is not None:  # which may have been written, and not yet kept, when the run was interrupted
-                self.best.save(self.start_epoch - 1, checkpoint.path)
+                path = checkpoint.path
                 if checkpoint.epochs_planned != whole.epochs and self.start_epoch == whole.epochs:
                     self.writer.save(self.start_epoch - 1)  # it is the last one now, and must say so
+                    path = self.writer.last
+                self.best.save(self.start_epoch - 1, path)
 
     def run(self, history: list[dict[str, float]]) -> TrainResult:
         """Train the epochs that are left, and add a row for each to the history."""
