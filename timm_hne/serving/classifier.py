@@ -273,9 +273,9 @@ class Classifier:
         logits, used = early_exit(self.model, self._place(images), threshold, criterion, self.prefixes)
         return EarlyExit(logits.float().cpu(), used.cpu())
 
-    def warm_up(self, batch_size: int = 1, schedule: Sequence[int] | None = None) -> None:
+    def warm_up(self, schedule: Sequence[int] | None = None) -> None:
         """Go through the steps of a schedule, so that programs are there and deadlines have times to go by."""
-        images = torch.zeros(batch_size, *self.input_size)
+        images = torch.zeros(1, *self.input_size)
         # The first pass, a slow one, is not recorded.
         for deadline in (None, math.inf, math.inf):
             for _ in self.anytime(images, schedule, deadline):
