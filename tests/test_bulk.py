@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -190,6 +191,27 @@ def test_the_command(folder, places, tmp_path, capsys):  # noqa: F811
         with pytest.raises(SystemExit):
             main(wrong)
     assert not (tmp_path / 'a.csv').exists()
+
+
+def test_other_weights_under_the_same_name_do_not_continue(folder, tmp_path, places):  # noqa: F811
+    def interrupted(*args):
+        yield next(local_rows(*args))
+        raise KeyboardInterrupt
+
+    run, output = tmp_path / 'run', tmp_path / 'table.csv'
+    shutil.copytree(places['run'], run)
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder(folder, output, Bulk(str(run), engine='none', batch_size=4), interrupted)
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=True)
+    before = (run / 'last.pth.tar').read_bytes()
+    name = next(iter(checkpoint['state_dict']))
+    checkpoint['state_dict'][name] += 1
+    torch.save(checkpoint, run / 'last.pth.tar')
+    with pytest.raises(ValueError, match='other settings'):
+        predict_folder(folder, output, Bulk(str(run), engine='none', batch_size=4))
+    (run / 'last.pth.tar').write_bytes(before)
+    # Fewer images at a time are no other table.
+    assert predict_folder(folder, output, Bulk(str(run), engine='none', batch_size=3)) == COUNT
 
 
 def test_folders_of_broken_images_only(tmp_path, settings):

@@ -2,8 +2,10 @@
 import argparse
 import io
 import json
+import shutil
 import threading
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +23,7 @@ from timm_hne.hub import write_folder
 from timm_hne.inference.deploy import export_folder
 from timm_hne.pretrained import PACKAGED
 from timm_hne.serving import Classifier, ExportedEnsemble, views
-from timm_hne.serving.classifier import FORMATS, ImageError
+from timm_hne.serving.classifier import FORMATS, ImageError, locate
 
 NODES = (1, 1, 2, 2, 4)
 LABELS = ['ant', 'bee', 'cow', 'dog', 'eel', 'fox', 'gnu', 'hen', 'ibex', 'jay']
@@ -363,6 +365,17 @@ def test_many_threads(classifier, images):
     for thread in threads:
         thread.join()
     assert found == dict.fromkeys(range(8), True)
+
+
+def test_a_registered_name_is_the_model_and_no_folder_that_has_it(places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(places['exported'], 'hne_resnet50_c8')
+    assert locate('hne_resnet50_c8') == 'hne_resnet50_c8'
+    assert isinstance(Classifier.open('./hne_resnet50_c8').model, ExportedEnsemble)
+    assert Classifier.open('hne_resnet50_c8', 'none').ensemble_size == 16
+    (tmp_path / 'hne_resnet50_c8.pth.tar').touch()
+    assert locate('hne_resnet50_c8.pth.tar') == Path('hne_resnet50_c8.pth.tar')
+    assert locate('hne_resnet50_c8.hcd_cifar100') == 'hne_resnet50_c8.hcd_cifar100'
 
 
 @pytest.mark.parametrize('place, which', [

@@ -26,7 +26,7 @@ from timm_hne.cli import evaluate as command
 from timm_hne.evaluation.cost import member_macs
 from timm_hne.evaluation.evaluate import evaluate, to_markdown
 from timm_hne.models.hne_resnet import HNEResNet
-from timm_hne.pretrained import state_digest
+from timm_hne.pretrained import DigestError, digest, state_digest
 from timm_hne.training.checkpoint import RunCheckpoint, load_checkpoint
 from timm_hne.training.datasets import create_datasets
 from timm_hne.training.recipe import TrainConfig
@@ -208,6 +208,16 @@ def test_plain_weights(tmp_path, model, suffix):
     assert loaded.nodes == NODES and config == {}
     with pytest.raises(ValueError, match=f'{path.name} .*model'):
         load_checkpoint(path)
+
+
+def test_weights_beside_their_digest_are_compared_with_it(tmp_path, model):
+    path = tmp_path / 'model.safetensors'
+    save_file(model.state_dict(), path)
+    (tmp_path / 'SHA256SUMS').write_text(f'{digest(path.read_bytes())}  model.safetensors\n')
+    assert load_checkpoint(path, NAME)[0].nodes == NODES
+    save_file({name: tensor + 1 for name, tensor in model.state_dict().items()}, path)
+    with pytest.raises(DigestError, match='SHA-256'):
+        load_checkpoint(path, NAME)
 
 
 @pytest.mark.parametrize('name', ['hne_resnet50_c16', 'hne_mobilenetv2_075_e4', 'resnet18'])

@@ -636,6 +636,18 @@ def test_cost_command(capsys):
     assert 'NAME=VALUE' in capsys.readouterr().err
 
 
+def test_the_size_of_the_images_is_that_of_a_base_that_is_built_for_one(capsys):
+    main(['cost', NAME, '--base', 'vit_tiny_patch16_224', '--nodes', '1', '1', '1', '2', '--img-size', '64'])
+    found = capsys.readouterr().out
+    model = timm_hne.hierarchize(timm.create_model('vit_tiny_patch16_224', img_size=64, device='meta'), (1, 1, 1, 2))
+    assert f'{member_macs(model, 64)[2]:,}' in found and '64x64' in found
+    main(['cost', NAME, '--model-kwargs', 'base=vit_tiny_patch16_224', 'nodes=1,1,1,2', 'img_size=64'])
+    assert capsys.readouterr().out == found
+    with pytest.raises(SystemExit):
+        main(['cost', NAME, '--model-kwargs', 'base=vit_tiny_patch16_224', 'img_size=64', '--img-size', '96'])
+    assert '96' in capsys.readouterr().err
+
+
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp('images'), size=32)

@@ -442,6 +442,17 @@ def test_what_the_user_puts_in_the_place_of_the_config_is_no_change(published, m
     assert loaded.pretrained_cfg['mean'] == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+def test_the_user_may_want_other_images(published, model, channels):
+    overlay = dict(input_size=(channels, 40, 40))  # as recipes with img_size have it
+    loaded = load(pretrained_cfg_overlay=overlay, in_chans=channels)
+    assert loaded.in_chans == channels and loaded.pretrained_cfg['input_size'] == (channels, 40, 40)
+    if channels == 3:
+        assert_same(loaded, model)
+    name = 'classifier.weight'
+    assert torch.equal(loaded.state_dict()[name], load().state_dict()[name])
+
+
 def test_other_weights_than_those_of_the_repository(published, tmp_path):
     other = trained_model(nodes=NODES)
     safetensors.torch.save_file(other.state_dict(), tmp_path / 'other.safetensors')

@@ -159,6 +159,14 @@ def test_other_hardware_is_refused_unless_told(table, tmp_path, key):
         LatencyTable.load(path)
 
 
+@pytest.mark.parametrize('engine', ['onnxruntime', 'openvino'])
+def test_the_version_of_an_engine_counts(engine):
+    package = pytest.importorskip(engine)
+    for mode in (engine, f'{engine}, int8'):
+        assert process.environment(torch.device('cpu'), mode)[engine] == package.__version__
+    assert engine not in process.environment(torch.device('cpu'), 'eager')
+
+
 def test_arm_processors_are_told_apart(monkeypatch, tmp_path):
     def cpu(part):
         (tmp_path / 'cpuinfo').write_text(f'processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: {part}\n')

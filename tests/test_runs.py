@@ -10,7 +10,8 @@ from test_trainer import data_dir, make_images, options, rows  # noqa: F401
 
 from timm_hne.__main__ import main
 from timm_hne.training import TrainConfig, train, trainer
-from timm_hne.training.checkpoint import RunCheckpoint, recipe_of
+from timm_hne.training.checkpoint import RunCheckpoint
+from timm_hne.training.recipe import recipe_of
 from timm_hne.training.trackers import BestCheckpoint
 
 
@@ -71,6 +72,9 @@ def test_a_log_without_checkpoints_is_not_overwritten(options, tmp_path):  # noq
     ({'best_members': 3}, r'best_members .*1, 2, 4.* 3'),
     ({'phases': [{'epochs': 1, 'model_kwargs': {'nodes': [1, 1, 1, 2, 2]}},
                  {'epochs': 1, 'model_kwargs': {'nodes': [1, 1, 1, 1, 4]}}]}, r'nodes=\(1, 1, 1, 2, 2\)'),
+    # The number of tokens of a transformer is that of the patches.
+    ({'model': 'hne_from_timm', 'model_kwargs': {'base': 'vit_tiny_patch16_224', 'nodes': [1, 1, 1, 2]},
+      'phases': [{'epochs': 1, 'img_size': 32}, {'epochs': 1, 'img_size': 64}]}, r'pos_embed .*1, 5, .*1, 17, '),
 ])
 def test_phases_that_cannot_follow_are_refused_first(options, tmp_path, changed, message):  # noqa: F811
     phases = [{'epochs': 1, 'model_kwargs': {'nodes': [1, 1, 1, 1, 1]}}, {'epochs': 1}]
@@ -109,8 +113,13 @@ def test_the_best_of_the_epochs_since_it_was_asked_for(tmp_path):
 
 def test_paths_are_in_no_recipe():
     args = {'initial_checkpoint': 'runs/a/last.pth.tar', 'data': './images', 'output': 'out', 'data_dir': 'images',
-            'label_names': ['a'], 'world_size': 2, 'other': '/home/somebody', 'lr': 0.1}
-    assert recipe_of(args) == {'lr': 0.1}
+            'label_names': ['a'], 'world_size': 2, 'other': '/home/somebody', 'lr': 0.1,
+            'model': 'local-dir:/home/somebody/mine', 'model_kwargs': {'cache_dir': '/home/somebody', 'seed': 1},
+            'phases': [{'epochs': 1, 'model_kwargs': {'cache_dir': '/home/somebody'}}]}
+    assert recipe_of(args) == {
+        'lr': 0.1, 'model': 'local-dir:mine', 'model_kwargs': {'seed': 1},
+        'phases': [{'epochs': 1, 'model_kwargs': {}}],
+    }
 
 
 @pytest.fixture

@@ -275,6 +275,18 @@ def test_export_folder_refuses(model, tmp_path):
     with pytest.raises(ValueError, match='threshold'):
         export_folder(model, tmp_path / 'folder', (3, 8, 8), exit_point=ExitPoint(2., None, None, None))
     assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
+    (tmp_path / 'manifest.json').write_text('{"name": "an app", "icons": []}')
+    with pytest.raises(FileExistsError, match='something else'):
+        export_folder(model, tmp_path, (3, 8, 8))
+    assert 'an app' in (tmp_path / 'manifest.json').read_text()
+
+
+def test_grey_images_need_their_own_mean(tmp_path):
+    model = timm.create_model('hne_resnet50_c8', in_chans=1, nodes=(1,) * 5).eval()
+    with pytest.raises(ValueError, match=r'mean of 1 value\(s\)'):
+        export_folder(model, tmp_path / 'folder', (1, 8, 8))
+    manifest = export_folder(model, tmp_path / 'folder', (1, 8, 8), data_config={'mean': [0.5], 'std': [0.2]})
+    assert (manifest['image']['mean'], manifest['image']['std']) == ([0.5], [0.2])
 
 
 def test_an_interrupted_export_can_be_repeated(model, folder, tmp_path, monkeypatch):

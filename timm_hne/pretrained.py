@@ -23,7 +23,9 @@ from timm.models._hub import load_model_config_from_path
 
 from .version import __version__
 
-__all__ = ['DigestError', 'digest', 'packaged', 'read_digests', 'read_results', 'read_weights', 'state_digest']
+__all__ = [
+    'DigestError', 'digest', 'packaged', 'read_digests', 'read_folder', 'read_results', 'read_weights', 'state_digest',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -72,13 +74,13 @@ def read_weights(
     config = None
     if cfg.source in ('hf-hub', 'local-dir'):
         names, where = (CONFIG_NAME, WEIGHTS_NAME), cfg.hf_hub_id if cfg.source == 'hf-hub' else cfg.file
-        files = _fetch(where, names, cache_dir) if cfg.source == 'hf-hub' else _read_folder(Path(where), names)
+        files = _fetch(where, names, cache_dir) if cfg.source == 'hf-hub' else read_folder(Path(where), names)
         config, data = files[CONFIG_NAME], files[WEIGHTS_NAME]
     elif cfg.state_dict:
         return dict(cfg.state_dict), None
     elif cfg.file:
         where = Path(cfg.file)
-        data = _read_folder(where.parent, (where.name,))[where.name]
+        data = read_folder(where.parent, (where.name,))[where.name]
     elif cfg.hf_hub_id:
         name, where = cfg.hf_hub_filename or WEIGHTS_NAME, cfg.hf_hub_id
         data = _fetch(where, (name,), cache_dir)[name]
@@ -91,19 +93,19 @@ def read_weights(
         raise ValueError(f'The weights of {where} are not a valid safetensors file: {error}.') from error
 
 
-def read_results(source: str, model: torch.nn.Module) -> dict[str, Any] | None:
+def read_results(source: str | Path, model: torch.nn.Module) -> dict[str, Any] | None:
     """Return the evaluation that belongs to weights, or None if there is none of them.
 
     Args:
-        source: 'hf-hub:user/name', the name of a registered model, or a file or folder, beside or in which it is.
+        source: 'hf-hub:user/name' or the name of a registered model; or a file or folder, beside or in which it is.
         model: The model with its weights.
     """
     try:
-        if source.lower().startswith(('hf-hub:', 'hf_hub:')):  # as timm's create_model takes it
-            data = _fetch(source.partition(':')[2], (RESULTS_NAME,), None)[RESULTS_NAME]
-        elif (path := Path(source.removeprefix('local-dir:'))).exists():
-            folder = path if path.is_dir() else path.parent
+        if isinstance(source, Path):
+            folder = source if source.is_dir() else source.parent
             data = (folder / RESULTS_NAME).read_bytes()  # may be newer than the folder; it names its weights
+        elif source.lower().startswith(('hf-hub:', 'hf_hub:')):  # as timm's create_model takes it
+            data = _fetch(source.partition(':')[2], (RESULTS_NAME,), None)[RESULTS_NAME]
         else:
             cfg = model.pretrained_cfg
             data = (PACKAGED / f'{cfg["architecture"]}.{cfg.get("tag")}.json').read_bytes()
@@ -155,8 +157,13 @@ def check_config(
                 'Load the model again.')
 
 
-def _read_folder(folder: Path, filenames: tuple[str, ...]) -> dict[str, bytes]:
-    """Return files of a folder, compared with its `SHA256SUMS` if it has one; the folder of this package must."""
+def read_folder(folder: Path, filenames: tuple[str, ...]) -> dict[str, bytes]:
+    """Return files of a folder, compared with its `SHA256SUMS` if it has one; the folder of this package must.
+
+    Raises:
+        DigestError: A file differs from its recorded digest, or has none there.
+        OSError: A file cannot be read.
+    """
     files = {name: (folder / name).read_bytes() for name in filenames}
     record = folder / DIGESTS_NAME
     if folder == PACKAGED or record.exists():

@@ -1,6 +1,7 @@
 """The process and the machine that this runs on. What changes the process is left to whoever owns it to call."""
 import ctypes
 import gc
+import importlib.util
 import platform
 import sys
 import threading
@@ -67,10 +68,14 @@ def processor() -> str:
     return facts.get('model name') or ' '.join([name, *codes])
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Describe what latencies depend on: the hardware and the versions."""
+def environment(device: torch.device, mode: str = 'original') -> dict[str, str]:
+    """Describe what latencies depend on: the hardware and the versions, that of the package that runs a mode too."""
     if device.type == 'cuda':
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f'{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
-    return {'device': device.type, 'hardware': hardware, 'torch': torch.__version__, 'timm_hne': __version__}
+    versions = {'torch': torch.__version__, 'timm_hne': __version__}
+    engine = mode.partition(',')[0]
+    if engine in ('onnxruntime', 'openvino') and importlib.util.find_spec(engine):
+        versions[engine] = importlib.import_module(engine).__version__
+    return {'device': device.type, 'hardware': hardware, **versions}

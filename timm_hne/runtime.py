@@ -5,6 +5,7 @@
 """
 import hashlib
 import json
+import math
 import threading
 import time
 from collections import defaultdict, deque
@@ -16,7 +17,7 @@ import numpy as np
 
 from .checks import check_integer, check_number
 
-__all__ = ['FORMAT', 'MANIFEST', 'Runtime', 'Session', 'load']
+__all__ = ['FORMAT', 'MANIFEST', 'Runtime', 'Session', 'load', 'read_manifest']
 
 MANIFEST = 'manifest.json'
 FORMAT = 1  # of the manifest; a version reads its own and the earlier ones
@@ -27,6 +28,7 @@ _IMAGE_KEYS = ('channels', 'height', 'width', 'any_size', 'mean', 'std')
 _STEP_KEYS = ('start', 'stop', 'inputs', 'new', 'frontier')
 
 CRITERIA = ('confidence', 'margin', 'entropy', 'agreement')
+LOW_IS_SURE = ('entropy',)  # those whose scores fall as the ensemble becomes surer
 
 _clock = time.perf_counter
 
@@ -110,7 +112,7 @@ def load(folder: str | Path, threads: int | None = None) -> 'Runtime':
         RuntimeError: A file is not the one whose digest the manifest records.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     _check_files(folder, manifest['files'])
     return Runtime(folder, manifest, threads)
 
@@ -129,7 +131,8 @@ def _stamps(folder: Path, names: Iterable[str]) -> list[tuple[int, ...]]:
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in ((folder / name).stat() for name in names)]
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return a manifest; raise an OSError if it cannot be read, a ValueError if it is none."""
     try:
         manifest = json.loads(path.read_text(encoding='utf-8'))
         version = manifest['format']
@@ -156,6 +159,16 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Return the probabilities of logits `(..., num_classes)`."""
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def highest_score(criterion: str, num_classes: int) -> float:
+    """Return the highest threshold of a criterion; the lowest is 0."""
+    return math.log(num_classes) if criterion == 'entropy' else 1.
+
+
+def is_sure(scores, threshold, criterion: str):
+    """Return which scores of images let them leave, for arrays of numpy and tensors alike."""
+    return scores <= threshold if criterion in LOW_IS_SURE else scores >= threshold
 
 
 def exit_scores(member_logits: np.ndarray, criterion: str) -> np.ndarray:
@@ -281,8 +294,7 @@ class Runtime:
         if threshold is not None:
             if self.num_classes < 2:
                 raise ValueError(f'num_classes must be at least 2 for a threshold, got {self.num_classes}.')
-            highest = np.log(self.num_classes) if criterion == 'entropy' else 1.
-            check_number('threshold', threshold, 0, float(highest))
+            check_number('threshold', threshold, 0, highest_score(criterion, self.num_classes))
         if deadline is not None:
             deadline = begin + check_number('deadline', deadline)
         active, result = np.arange(len(images)), np.zeros((len(images), self.num_classes), np.float32)
@@ -299,8 +311,7 @@ class Runtime:
                 return result
             stay = np.ones(len(active), bool)
             if threshold is not None:
-                scores = exit_scores(members, criterion)
-                stay = scores > threshold if criterion == 'entropy' else scores < threshold
+                stay = ~is_sure(exit_scores(members, criterion), threshold, criterion)
             active = active[stay]
             if not len(active):
                 return result

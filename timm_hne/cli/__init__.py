@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         extras = "pip install 'timm-hne[demo,plots,export,openvino,app,bulk,serve]'"
         parser.exit(1, f'timm-hne {args.command}: {error}. Optional packages come with {extras}.\n')
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, AssertionError) as error:  # timm asserts sizes of images
         # On one line, as a shell's user expects; PyTorch's messages have several.
         parser.exit(1, f'timm-hne {args.command}: {" ".join(str(error).split())}\n')
     except KeyboardInterrupt:

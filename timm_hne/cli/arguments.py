@@ -46,7 +46,10 @@ def add_model_kwargs(parser: argparse.ArgumentParser, default: object = None) ->
 def model_kwargs(args: argparse.Namespace) -> dict:
     """Return the arguments of the model that were given."""
     given = {name: getattr(args, name, None) for name in ('base', 'num_classes', 'nodes', 'in_chans')}
-    return {**(args.model_kwargs or {}), **{name: value for name, value in given.items() if value is not None}}
+    name = getattr(args, 'name', None) or getattr(args, 'model', None) or ''
+    if name.startswith('hne_from_timm') and getattr(args, 'img_size', None):  # some bases are built for a size
+        given['img_size'] = args.img_size[0], args.img_size[-1]
+    return {**{name: value for name, value in given.items() if value is not None}, **(args.model_kwargs or {})}
 
 
 def add_img_size(parser: argparse.ArgumentParser, default: str = "the model's own") -> None:

@@ -114,7 +114,8 @@ def _serve(args: argparse.Namespace, threads: int, stop: threading.Event) -> Non
         serve.run(app(settings), name=NAME, route_prefix='/')
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        print(f'timm-hne serve: {args.model} at http://{args.host}:{args.port}/predict; Ctrl+C ends it.', flush=True)
+        host = f'[{args.host}]' if ':' in args.host else args.host
+        print(f'timm-hne serve: {args.model} at http://{host}:{args.port}/predict; Ctrl+C ends it.', flush=True)
         stop.wait()
         for number in (signal.SIGINT, signal.SIGTERM):  # whoever asks again does not want to wait
             signal.signal(number, signal.SIG_DFL)

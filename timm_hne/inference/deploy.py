@@ -16,7 +16,7 @@ from ..files import write_text
 from ..models.anytime import check_ready, validate_schedule
 from ..models.create import check_ensemble
 from ..models.ensemble import HierarchicalEnsemble
-from ..runtime import FORMAT, MANIFEST, load
+from ..runtime import FORMAT, MANIFEST, load, read_manifest
 from ..version import __version__
 from .early_exit import ExitPoint, validate_criterion
 from .folding import folded
@@ -72,8 +72,7 @@ def export_folder(
     if exit_point is not None:
         validate_criterion(criterion, exit_point.threshold, model.num_classes)
     folder = Path(folder)
-    ours = any((folder / name).exists() for name in (MANIFEST, _UNFINISHED))
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not ours)):
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_ours(folder))):
         raise FileExistsError(f'folder must be new, or hold an exported model: {folder} holds something else.')
     with torch.inference_mode(False):
         plain = folded(model).cpu().float()
@@ -111,6 +110,16 @@ def export_folder(
     return manifest
 
 
+def _is_ours(folder: Path) -> bool:
+    if (folder / _UNFINISHED).exists():
+        return True
+    try:
+        read_manifest(folder / MANIFEST)
+    except (OSError, ValueError):  # also one of another program
+        return False
+    return True
+
+
 def _describe(model: HierarchicalEnsemble) -> dict[str, Any]:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     names = cfg.get('label_names') or None
@@ -133,7 +142,7 @@ def _image(model, input_size: Sequence[int], data_config: Mapping[str, Any] | No
     image = {key: known[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode') if key in known}
     for key, default in (('mean', 0.), ('std', 1.)):
         if len(image.setdefault(key, [default] * channels)) != channels:
-            image[key] = [default] * channels
+            raise ValueError(f'data_config must have {key} of {channels} value(s), as the images, got {image[key]}.')
     return {'channels': channels, 'height': height, 'width': width, 'any_size': any_size, **image}
 
 

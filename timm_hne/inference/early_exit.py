@@ -1,5 +1,4 @@
 """Inference in which images leave the batch once the ensemble is sure of them."""
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,11 +11,7 @@ from ..models.anytime import check_images, check_ready, stepper, validate_schedu
 from ..models.ensemble import HierarchicalEnsemble
 from ..models.frontier import first_frontier
 from ..prefix import prefix_means
-from ..runtime import CRITERIA
-
-
-def _highest(criterion: str, num_classes: int) -> float:
-    return math.log(num_classes) if criterion == 'entropy' else 1.
+from ..runtime import CRITERIA, LOW_IS_SURE, highest_score, is_sure
 
 
 def _check_criterion(criterion: str, num_classes: int) -> None:
@@ -35,7 +30,7 @@ def validate_criterion(criterion: str, threshold: float, num_classes: int) -> No
             ln(num_classes) for the entropy, 0 to 1 for the others.
     """
     _check_criterion(criterion, num_classes)
-    check_number('threshold', threshold, 0, _highest(criterion, num_classes))
+    check_number('threshold', threshold, 0, highest_score(criterion, num_classes))
 
 
 def _check_member_logits(member_logits: torch.Tensor) -> None:
@@ -99,10 +94,6 @@ def exit_scores(member_logits: torch.Tensor, criterion: str) -> torch.Tensor:
         return probs.amax(dim=1)
     highest = probs.topk(2, dim=1).values
     return highest[:, 0] - highest[:, 1]
-
-
-def _is_sure(scores: torch.Tensor, threshold: float | torch.Tensor, criterion: str) -> torch.Tensor:
-    return scores <= threshold if criterion == 'entropy' else scores >= threshold
 
 
 class EarlyExit(NamedTuple):
@@ -185,7 +176,7 @@ def exit_in_batch(
         result[active], used[active] = logits, stop
         stay = limits[active] > stop
         if thresholds is not None:
-            stay &= ~_is_sure(exit_scores(member_logits, criterion), thresholds[active], criterion)
+            stay &= ~is_sure(exit_scores(member_logits, criterion), thresholds[active], criterion)
         for i in (limits[active] < stop).nonzero().flatten().tolist():
             limit = limits[active[i]]
             result[active[i]], used[active[i]] = member_logits[i, :limit].mean(dim=0), limit
@@ -257,14 +248,15 @@ def exit_curve(
     members = torch.tensor(schedule, dtype=torch.float64, device=scores.device)
 
     # No threshold: the score -1 of a lone member's agreement, and what rounding puts beyond the range.
+    highest = highest_score(criterion, member_logits.shape[2])
     candidates = scores[:-1].double().flatten()
-    candidates = candidates[(candidates >= 0) & (candidates <= _highest(criterion, member_logits.shape[2]))].unique()
+    candidates = candidates[(candidates >= 0) & (candidates <= highest)].unique()
     ranks = torch.linspace(0, max(len(candidates) - 1, 0), min(max_points, len(candidates))).round().long()
-    strictest = 0. if criterion == 'entropy' else 1.
+    strictest = 0. if criterion in LOW_IS_SURE else highest
     thresholds = {*candidates[ranks.to(candidates.device)].tolist(), strictest}
     points = []
-    for threshold in sorted(thresholds, reverse=criterion == 'entropy'):
-        sure = _is_sure(scores.double(), threshold, criterion)
+    for threshold in sorted(thresholds, reverse=criterion in LOW_IS_SURE):
+        sure = is_sure(scores.double(), threshold, criterion)
         sure[-1] = True
         step = sure.int().argmax(dim=0)
         points.append(ExitPoint(

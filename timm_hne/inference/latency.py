@@ -147,10 +147,11 @@ class LatencyTable:
                         if repeat >= 0:
                             seconds[n].append(time.perf_counter() - begin)
             latency_ms[batch_size] = {n: 1000 * statistics.median(times) for n, times in seconds.items()}
+        described = _describe(model)
         return cls(
-            **_describe(model),
+            **described,
             input_size=input_size,
-            environment=environment(weight.device),
+            environment=environment(weight.device, described['mode']),
             macs={n: macs[n] for n in num_members},
             latency_ms={batch_size: latency_ms[batch_size] for batch_size in batch_sizes},
         )
@@ -216,7 +217,7 @@ class LatencyTable:
         device = torch.device(table.environment['device'])
         if not other_hardware:
             available = device.type != 'cuda' or (device.index or 0) < torch.cuda.device_count()
-            here = environment(device) if available else {'device': 'cpu'}
+            here = environment(device, table.mode) if available else {'device': 'cpu'}
             other = [key for key in {**table.environment, **here} if here.get(key) != table.environment.get(key)]
             if other:
                 raise ValueError(

@@ -43,7 +43,10 @@ class QuantizedEnsemble(OptimizedEnsemble):
 
     def _make(self, name: str) -> Engine:
         images = self.calibration_images
-        salt = hashlib.sha256(Path(__file__).read_bytes() + images.numpy().tobytes()).hexdigest()
+        import onnxruntime
+
+        made_by = Path(__file__).read_bytes() + onnxruntime.__version__.encode()
+        salt = hashlib.sha256(made_by + images.numpy().tobytes()).hexdigest()
         plain = ProgramStore(self.model)
         store = ProgramStore(
             self.model, lambda model, *step: quantized_program(plain.get(*step), model, *step, images), salt)

@@ -5,7 +5,7 @@ from timm.models._hub import load_model_config_from_path
 
 from .ensemble import HierarchicalEnsemble
 
-__all__ = ['check_ensemble', 'create_ensemble']
+__all__ = ['check_ensemble', 'create_ensemble', 'is_registered']
 
 
 def check_ensemble(model: object) -> HierarchicalEnsemble:
@@ -18,6 +18,11 @@ def check_ensemble(model: object) -> HierarchicalEnsemble:
         raise TypeError(
             f'model must be a hierarchical ensemble (timm_hne.HierarchicalEnsemble), got {type(model).__name__}.')
     return model
+
+
+def is_registered(name: str) -> bool:
+    """Return whether timm has a model of exactly this name, with a tag or without."""
+    return name in timm.list_models() or name in timm.list_models(include_tags=True)
 
 
 def create_ensemble(name: str, **kwargs) -> HierarchicalEnsemble:

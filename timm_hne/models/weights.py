@@ -73,17 +73,19 @@ def build_model(
         # Other weights than the tag's: its file must not come before them, nor its names of classes go with them.
         cfg = replace(cfg, **{'file': None, 'source': None, 'label_names': None, **overlay})
     weights, config = read_weights(cfg, cache_dir)
+    recorded = cfg
     if config is not None:
         check_config(config, variant, cfg, model_args, pretrained_cfg_overlay)
+        recorded = resolve_pretrained_cfg(variant, pretrained_cfg)  # an overlay may state other classes and channels
 
     def create(**model_kwargs) -> nn.Module:
         # On the meta device nothing is allocated, however large the model would be.
         on_meta = {**model_kwargs, 'device': 'meta'}
         if config is not None:
-            _check_sizes(weights, cfg, model_args, model_cls, on_meta)
+            _check_sizes(weights, recorded, model_args, model_cls, on_meta)
         meta = model_cls(**on_meta)
         meta.pretrained_cfg = vars(cfg)
-        stored = cfg if config is not None else _as_stored(cfg, weights, meta)
+        stored = recorded if config is not None else _as_stored(cfg, weights, meta)
         fitted = fit_weights(weights, meta, stored, grow_noise)
         source = dict(
             state_dict=fitted,

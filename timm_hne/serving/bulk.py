@@ -16,8 +16,10 @@ from filelock import FileLock, Timeout
 from ..checks import check_integer
 from ..files import write_file, write_text
 from ..images import find_images
+from ..pretrained import digest, state_digest
 from ..tree import validate_num_members
 from .classifier import Classifier
+from .exported import ExportedEnsemble
 
 Row = dict[str, Any]
 
@@ -44,6 +46,13 @@ class Bulk:
     num_members: int | None = None
     top_k: int = 5
     batch_size: int = 64
+
+    def weights_digest(self) -> str:
+        """Return a digest of the weights, which may be others than yesterday's under the same name."""
+        model = Classifier.open(self.model, 'none', **(self.model_kwargs or {})).model
+        if isinstance(model, ExportedEnsemble):
+            return digest(json.dumps(model.runtime.manifest).encode())
+        return state_digest(model.state_dict())
 
     def open(self) -> 'Predictor':
         """Open the model."""
@@ -270,7 +279,9 @@ def predict_folder(
     """
     folder = Path(folder)
     files = {_text(path.relative_to(folder)): str(path) for path in find_images(folder)}
-    table = Table(output, {'folder': _text(folder.resolve()), **asdict(bulk)})
+    # How many images at a time, and where, changes no row.
+    settings = {key: value for key, value in asdict(bulk).items() if key not in ('batch_size', 'device')}
+    table = Table(output, {'folder': _text(folder.resolve()), 'weights': bulk.weights_digest(), **settings})
     try:
         with FileLock(table.parts / 'lock', timeout=0):
             return _fill(table, files, bulk, rows_of, workers, part_size, progress)

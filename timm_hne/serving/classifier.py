@@ -16,7 +16,7 @@ from ..images import UNREADABLE, convert_image, open_image
 from ..inference.early_exit import EarlyExit, early_exit
 from ..inference.engines import ENGINES
 from ..inference.optimize import OptimizedEnsemble, optimize_for_inference
-from ..models.create import create_ensemble
+from ..models.create import create_ensemble, is_registered
 from ..models.ensemble import HierarchicalEnsemble
 from ..pretrained import read_results
 from ..runtime import MANIFEST
@@ -24,7 +24,7 @@ from ..training.checkpoint import CheckpointWriter, RunCheckpoint
 from ..tree import prefixes
 from .exported import ExportedEnsemble
 
-__all__ = ['FORMATS', 'MAX_PIXELS', 'Classifier', 'ImageError', 'Label']
+__all__ = ['FORMATS', 'MAX_PIXELS', 'Classifier', 'ImageError', 'Label', 'locate']
 
 MAX_PIXELS = 50_000_000
 
@@ -50,22 +50,38 @@ class Label(NamedTuple):
     probability: float
 
 
-def _open_model(name: str, **kwargs) -> HierarchicalEnsemble | ExportedEnsemble:
-    path = Path(name)
+def locate(name: str | os.PathLike) -> str | Path:
+    """Return where a model is.
+
+    Args:
+        name: See `Classifier.open`.
+
+    Returns:
+        Its file, the last checkpoint if `name` is the folder of a run; its folder; or its name for timm.
+    """
+    if isinstance(name, str) and is_registered(name):
+        return name
+    path = Path(os.fspath(name).removeprefix('local-dir:'))
     if (path / CheckpointWriter.LAST).is_file():
-        path /= CheckpointWriter.LAST
-    if path.is_file():
-        checkpoint = RunCheckpoint.read(path, 'model')
+        return path / CheckpointWriter.LAST
+    return path if path.exists() else os.fspath(name)
+
+
+def _open_model(where: str | Path, **kwargs) -> HierarchicalEnsemble | ExportedEnsemble:
+    if isinstance(where, str):
+        return create_ensemble(where, pretrained=True, **kwargs).eval()
+    if where.is_file():
+        checkpoint = RunCheckpoint.read(where, 'model')
         model = checkpoint.create_model(**kwargs)
         # How images were prepared in training holds here too.
         data_config = {**checkpoint.data_config, 'in_chans': model.in_chans}
         model.pretrained_cfg.update(resolve_data_config(data_config, model=model))
         return model.eval()
-    if (path / MANIFEST).is_file():
+    if (where / MANIFEST).is_file():
         if kwargs:
             raise ValueError(f'an exported model takes no further arguments, got {", ".join(kwargs)}.')
-        return ExportedEnsemble.load(path, torch.get_num_threads())
-    return create_ensemble(f'local-dir:{path}' if path.is_dir() else name, pretrained=True, **kwargs).eval()
+        return ExportedEnsemble.load(where, torch.get_num_threads())
+    return create_ensemble(f'local-dir:{where}', pretrained=True, **kwargs).eval()
 
 
 class Classifier:
@@ -137,7 +153,7 @@ class Classifier:
         Args:
             name: A registered model with pretrained weights, a Hub model ('hf-hub:user/name'), the file of a
                 checkpoint, or the folder of a training run, of a published model, or of one that `timm-hne export`
-                wrote.
+                wrote. Of a registered model and a folder of the same name it is the model; './NAME' is the folder.
             engine: What runs it: see `timm_hne.optimize_for_inference`; 'none' is the model as it is. An exported
                 model has its own.
             device: Where it runs; 'auto' is a GPU if there is one, but the CPU for an exported model.
@@ -149,18 +165,18 @@ class Classifier:
             RuntimeError: The model has no pretrained weights, or files differ from their digests.
             OSError: A file cannot be read or downloaded.
         """
-        name = os.fspath(name)
         if engine not in ('auto', 'none', *ENGINES):
             raise ValueError(f'engine must be one of auto, none, {", ".join(ENGINES)}, got {engine!r}.')
-        model = _open_model(name, **kwargs)
+        where = locate(name)
+        model = _open_model(where, **kwargs)
         if device == 'auto':
             device = 'cuda' if torch.cuda.is_available() and not isinstance(model, ExportedEnsemble) else 'cpu'
         model = model.to(device)
         if isinstance(model, ExportedEnsemble):
             return cls(model, model.macs, max_pixels=max_pixels)
         if model.num_classes == 0:
-            raise ValueError(f'model must have a classifier, got {name!r} with num_classes=0.')
-        results = read_results(name, model)
+            raise ValueError(f'model must have a classifier, got {os.fspath(name)!r} with num_classes=0.')
+        results = read_results(where, model)
         rows = None if results is None else {row['num_members']: row for row in results['members']}
         macs = member_macs(model, tuple(resolve_model_data_config(model)['input_size'][1:]))
         if engine != 'none':

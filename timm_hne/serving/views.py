@@ -1,11 +1,9 @@
 """What the page shows, as HTML. Every text of a model is escaped: whoever publishes one chooses them."""
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import NamedTuple
 
-from ..training.checkpoint import CheckpointWriter
-from .classifier import Classifier, Label
+from .classifier import Classifier, Label, locate
 from .exported import ExportedEnsemble
 
 CSS = '''
@@ -140,10 +138,8 @@ def no_evaluation(name: str, classifier: Classifier) -> str:
         return text(
             'An exported folder holds no evaluation. Open the checkpoint or published folder that it was made of to '
             'see accuracy against MACs.')
-    path = Path(name)
-    if (path / CheckpointWriter.LAST).is_file():
-        path /= CheckpointWriter.LAST
-    which = f'--checkpoint {path}' if path.is_file() else f'local-dir:{path}' if path.is_dir() else name
+    where = locate(name)
+    which = where if isinstance(where, str) else f'--checkpoint {where}' if where.is_file() else f'local-dir:{where}'
     return text(
         'The accuracy of these weights is not known. Measure it with '
         f'`timm-hne eval {which} --output evaluation.json`, naming your data, and put the file beside the weights.')

@@ -20,28 +20,18 @@ from timm.utils import CheckpointSaver, NativeScaler, load_checkpoint_metadata
 from ..models.create import create_ensemble
 from ..models.ensemble import HierarchicalEnsemble
 from ..models.weights import NOISE, load_grown, read_sizes
-from .recipe import FREE_KEYS, TrainConfig, image_preparation, in_phase, so_far
+from ..pretrained import read_folder
+from .recipe import FREE_KEYS, TrainConfig, image_preparation, in_phase, recipe_of, so_far
 from .summary import Summary
 
-__all__ = ['CheckpointWriter', 'RunCheckpoint', 'load_checkpoint', 'recipe_of']
+__all__ = ['CheckpointWriter', 'RunCheckpoint', 'load_checkpoint']
 
 _logger = logging.getLogger(__name__)
-
-# What a checkpoint holds besides, and files of the machine in our names or timm's.
-_NOT_IN_RECIPES = ('label_names', 'world_size', 'initial_checkpoint', 'data', 'output')
 
 # What a run knows about its images, in the names of timm's `resolve_data_config`.
 _DATA_KEYS = ('img_size', 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
 
 _UNFINISHED = 'tmp.pth.tar'  # what timm's saver is writing
-
-
-def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a checkpoint was trained, from the arguments it holds: what was computed, and no path of a machine."""
-    return {
-        key: value for key, value in config.items()
-        if key not in (*FREE_KEYS, *_NOT_IN_RECIPES) and not os.path.isabs(str(value))
-    }
 
 
 def _with_lists(value: Any) -> Any:
@@ -79,11 +69,13 @@ class RunCheckpoint:
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: The file is no checkpoint, or is damaged.
+            DigestError: The file is not the one that a `SHA256SUMS` beside it records.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f'{argument} does not exist: {path}')
         if path.suffix == '.safetensors':
+            read_folder(path.parent, (path.name,))
             return cls(path, argument)
         checkpoint = cls._read_metadata(path, argument)
         checkpoint._check_sums()

@@ -1,6 +1,7 @@
 """Training recipes: their keys, and the files that hold them."""
 import difflib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..models.weights import NOISE
 from .losses import OBJECTIVES
 from .trackers import LOGS
 
-__all__ = ['FREE_KEYS', 'RECIPES', 'TrainConfig', 'image_preparation', 'in_phase', 'read_recipe', 'so_far']
+__all__ = ['FREE_KEYS', 'RECIPES', 'TrainConfig', 'image_preparation', 'in_phase', 'read_recipe', 'recipe_of', 'so_far']
 
 RECIPES = Path(__file__).parents[1] / 'recipes'
 
@@ -29,6 +30,9 @@ FREE_KEYS = (
     'data_dir', 'output_dir', 'resume', 'download', 'num_workers', 'device', 'log', 'best_members', 'log_interval',
     'progress',
 )
+
+# What a checkpoint holds besides, and files of the machine in our names or timm's.
+_NOT_IN_RECIPES = ('label_names', 'world_size', 'initial_checkpoint', 'data', 'output')
 
 # Keys, what their values must be, and the test of each number. A key without a value is always in range.
 _RANGES = (
@@ -217,6 +221,21 @@ def in_phase(recipe: Mapping[str, Any], phase: Mapping[str, Any]) -> dict[str, A
     """Return the keys of a recipe as a phase of it has them."""
     model_kwargs = {**(recipe.get('model_kwargs') or {}), **(phase.get('model_kwargs') or {})}
     return {**recipe, **phase, 'model_kwargs': model_kwargs}
+
+
+def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a checkpoint was trained, from the arguments it holds: what was computed, and no path of a machine."""
+    return _without_paths({key: value for key, value in config.items() if key not in (*FREE_KEYS, *_NOT_IN_RECIPES)})
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_paths(entry) for key, entry in value.items() if not os.path.isabs(str(entry))}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_paths(entry) for entry in value)
+    if isinstance(value, str) and value.startswith('local-dir:'):
+        return f'local-dir:{Path(value.removeprefix("local-dir:")).name}'
+    return value
 
 
 def so_far(recipe: Mapping[str, Any], epoch: int | None) -> dict[str, Any]:

@@ -93,8 +93,7 @@ def check_phases(config: TrainConfig, num_classes: int, train_set: Dataset, worl
             raise ValueError(
                 f'batch_size {part.batch_size} * grad_accum_steps {part.grad_accum_steps} * {world_size} process(es) '
                 f'exceeds the {len(train_set)} training images: give a smaller batch_size {where}.')
-        model = create_model(
-            part.model, num_classes=num_classes, in_chans=part.in_chans, device='meta', **part.model_kwargs)
+        model = _create_model(part, num_classes, device='meta')
         if not isinstance(model, HierarchicalEnsemble):
             return  # which is said when it is created
         create_scheduler(create_optimizer(model, part), part, updates_per_epoch=1)
@@ -117,6 +116,20 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     )
 
 
+def _create_model(config: TrainConfig, num_classes: int, **kwargs) -> nn.Module:
+    overlay = {name: getattr(config, name) for name in ('mean', 'std') if getattr(config, name) is not None}
+    if config.img_size is not None:  # which decides the sizes of some bases
+        overlay['input_size'] = (config.in_chans, config.img_size, config.img_size)
+    return create_model(
+        config.model,
+        num_classes=num_classes,
+        in_chans=config.in_chans,
+        pretrained_cfg_overlay=overlay,
+        **kwargs,
+        **config.model_kwargs,
+    )
+
+
 def create_trained_model(
         config: TrainConfig,
         num_classes: int,
@@ -131,17 +144,7 @@ def create_trained_model(
         weights: Weights of the same tree or a smaller one to start from, those of the phase before.
         resumed: Load no weights to start from, a checkpoint of the run has its own.
     """
-    overlay = {name: getattr(config, name) for name in ('mean', 'std') if getattr(config, name) is not None}
-    if config.img_size is not None:
-        overlay['input_size'] = (config.in_chans, config.img_size, config.img_size)
-    model = create_model(
-        config.model,
-        pretrained=config.pretrained and weights is None and not resumed,
-        num_classes=num_classes,
-        in_chans=config.in_chans,
-        pretrained_cfg_overlay=overlay,
-        **config.model_kwargs,
-    )
+    model = _create_model(config, num_classes, pretrained=config.pretrained and weights is None and not resumed)
     if not isinstance(model, HierarchicalEnsemble):
         raise TypeError(
             f'objective {config.objective!r} needs a hierarchical ensemble as its model, {config.model!r} is a '

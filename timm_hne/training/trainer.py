@@ -27,10 +27,10 @@ from ..models.ensemble import HierarchicalEnsemble
 from ..prefix import prefix_means
 from ..process import keep_freed_memory
 from ..tree import prefixes
-from .checkpoint import CheckpointWriter, RunCheckpoint, recipe_of
+from .checkpoint import CheckpointWriter, RunCheckpoint
 from .epoch_losses import EpochLosses, NonFiniteLossError
 from .loader import create_image_loader, seed_epoch
-from .recipe import TrainConfig
+from .recipe import TrainConfig, recipe_of
 from .scheduler import create_scheduler
 from .setup import check_phases, create_optimizer, create_trained_model, open_data
 from .summary import Summary
