@@ -367,15 +367,20 @@ def test_many_threads(classifier, images):
     assert found == dict.fromkeys(range(8), True)
 
 
-def test_a_registered_name_is_the_model_and_no_folder_that_has_it(places, tmp_path, monkeypatch):
+def test_the_name_of_a_model_of_the_package_is_no_folder_that_has_it(places, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
+    assert locate('hne_resnet50_c8') == 'hne_resnet50_c8' and not caplog.messages
     shutil.copytree(places['exported'], 'hne_resnet50_c8')
-    assert locate('hne_resnet50_c8') == 'hne_resnet50_c8'
+    assert locate('hne_resnet50_c8') == 'hne_resnet50_c8' and './hne_resnet50_c8' in caplog.text
+    assert locate(Path('hne_resnet50_c8')) == Path('hne_resnet50_c8')
     assert isinstance(Classifier.open('./hne_resnet50_c8').model, ExportedEnsemble)
     assert Classifier.open('hne_resnet50_c8', 'none').ensemble_size == 16
     (tmp_path / 'hne_resnet50_c8.pth.tar').touch()
     assert locate('hne_resnet50_c8.pth.tar') == Path('hne_resnet50_c8.pth.tar')
     assert locate('hne_resnet50_c8.hcd_cifar100') == 'hne_resnet50_c8.hcd_cifar100'
+    for name in ('hne_mobilenetv2_075_e4', 'resnet18'):  # without weights of ours
+        (tmp_path / name).mkdir()
+        assert locate(name) == Path(name)
 
 
 @pytest.mark.parametrize('place, which', [

@@ -114,10 +114,11 @@ def test_the_best_of_the_epochs_since_it_was_asked_for(tmp_path):
 def test_paths_are_in_no_recipe():
     args = {'initial_checkpoint': 'runs/a/last.pth.tar', 'data': './images', 'output': 'out', 'data_dir': 'images',
             'label_names': ['a'], 'world_size': 2, 'other': '/home/somebody', 'lr': 0.1,
-            'model': 'local-dir:/home/somebody/mine', 'model_kwargs': {'cache_dir': '/home/somebody', 'seed': 1},
+            'model': 'local-dir:/home/somebody/mine',
+            'model_kwargs': {'cache_dir': '/home/somebody', 'taps': ['a', '/home/somebody']},
             'phases': [{'epochs': 1, 'model_kwargs': {'cache_dir': '/home/somebody'}}]}
     assert recipe_of(args) == {
-        'lr': 0.1, 'model': 'local-dir:mine', 'model_kwargs': {'seed': 1},
+        'lr': 0.1, 'model': 'local-dir:mine', 'model_kwargs': {'taps': ['a']},
         'phases': [{'epochs': 1, 'model_kwargs': {}}],
     }
 

@@ -283,7 +283,7 @@ def test_export_folder_refuses(model, tmp_path):
 
 def test_grey_images_need_their_own_mean(tmp_path):
     model = timm.create_model('hne_resnet50_c8', in_chans=1, nodes=(1,) * 5).eval()
-    with pytest.raises(ValueError, match=r'mean of 1 value\(s\)'):
+    with pytest.raises(ValueError, match=r'mean must have 1 value\(s\)'):
         export_folder(model, tmp_path / 'folder', (1, 8, 8))
     manifest = export_folder(model, tmp_path / 'folder', (1, 8, 8), data_config={'mean': [0.5], 'std': [0.2]})
     assert (manifest['image']['mean'], manifest['image']['std']) == ([0.5], [0.2])

@@ -1,7 +1,7 @@
 """The process and the machine that this runs on. What changes the process is left to whoever owns it to call."""
 import ctypes
 import gc
-import importlib.util
+import importlib.metadata
 import platform
 import sys
 import threading
@@ -68,6 +68,14 @@ def processor() -> str:
     return facts.get('model name') or ' '.join([name, *codes])
 
 
+def installed_version(package: str) -> str:
+    """Return the version of an installed package without importing it; 'unknown' if pip knows it by another name."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return 'unknown'
+
+
 def environment(device: torch.device, mode: str = 'original') -> dict[str, str]:
     """Describe what latencies depend on: the hardware and the versions, that of the package that runs a mode too."""
     if device.type == 'cuda':
@@ -76,6 +84,6 @@ def environment(device: torch.device, mode: str = 'original') -> dict[str, str]:
         hardware = f'{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
     versions = {'torch': torch.__version__, 'timm_hne': __version__}
     engine = mode.partition(',')[0]
-    if engine in ('onnxruntime', 'openvino') and importlib.util.find_spec(engine):
-        versions[engine] = importlib.import_module(engine).__version__
+    if engine in ('onnxruntime', 'openvino'):
+        versions[engine] = installed_version(engine)
     return {'device': device.type, 'hardware': hardware, **versions}

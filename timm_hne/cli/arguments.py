@@ -46,10 +46,12 @@ def add_model_kwargs(parser: argparse.ArgumentParser, default: object = None) ->
 def model_kwargs(args: argparse.Namespace) -> dict:
     """Return the arguments of the model that were given."""
     given = {name: getattr(args, name, None) for name in ('base', 'num_classes', 'nodes', 'in_chans')}
-    name = getattr(args, 'name', None) or getattr(args, 'model', None) or ''
-    if name.startswith('hne_from_timm') and getattr(args, 'img_size', None):  # some bases are built for a size
-        given['img_size'] = args.img_size[0], args.img_size[-1]
-    return {**{name: value for name, value in given.items() if value is not None}, **(args.model_kwargs or {})}
+    kwargs = {**(args.model_kwargs or {}), **{name: value for name, value in given.items() if value is not None}}
+    name = getattr(args, 'name', None) or getattr(args, 'model', None)
+    # Some bases are built for a size; weights are of one already.
+    if name == 'hne_from_timm' and getattr(args, 'img_size', None) and not getattr(args, 'checkpoint', None):
+        kwargs.setdefault('img_size', (args.img_size[0], args.img_size[-1]))
+    return kwargs
 
 
 def add_img_size(parser: argparse.ArgumentParser, default: str = "the model's own") -> None:

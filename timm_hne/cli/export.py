@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='weights to export; they say nodes, classes, channels and image size')
     parser.add_argument('--pretrained', action=argparse.BooleanOptionalAction,
                         help='export the pretrained weights, the default without a checkpoint, or random ones')
+    for name in ('mean', 'std'):
+        parser.add_argument(f'--{name}', type=float, nargs='+', help=f"{name} of the channels of images")
     parser.add_argument('--threshold', type=float, help='threshold of early exit to recommend in the manifest')
     parser.add_argument('--criterion', choices=CRITERIA, default='confidence', help='criterion that it is of')
     parser.add_argument('--latency-table', metavar='PATH', help='latencies for the manifest, from timm-hne bench')
@@ -54,14 +56,15 @@ def run(args: argparse.Namespace) -> None:
         args.img_size = size
     image_size = input_size(args, model)
     if args.format != 'folder':
-        if args.threshold is not None or args.latency_table is not None:
+        if any(getattr(args, name) is not None for name in ('mean', 'std', 'threshold', 'latency_table')):
             raise ValueError(
-                f'threshold and latency_table are for the manifest of a folder, got format {args.format!r}.')
+                f'mean, std, threshold and latency_table are for the manifest of a folder, got format {args.format!r}.')
         _export_files(args, model, image_size)
         return
     schedule = validate_schedule(args.num_members, model.ensemble_size)
     if schedule[-1] < model.ensemble_size:
         model = model.extract(schedule[-1])
+    data_config |= {name: value for name in ('mean', 'std') if (value := getattr(args, name)) is not None}
     output = args.output or Path(safe_model_name(args.name))
     manifest = export_folder(
         model, output, image_size, schedule, data_config,

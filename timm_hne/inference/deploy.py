@@ -76,6 +76,7 @@ def export_folder(
         raise FileExistsError(f'folder must be new, or hold an exported model: {folder} holds something else.')
     with torch.inference_mode(False):
         plain = folded(model).cpu().float()
+    image = _image(model, input_size, data_config)
     store = ProgramStore(plain)
     programs = [
         (start, stop, store.get(start, stop, tuple(input_size[1:]))) for start, stop in zip((0, *schedule), schedule)]
@@ -83,7 +84,7 @@ def export_folder(
         'format': FORMAT,
         'timm_hne': __version__,
         **_describe(model),
-        'image': _image(model, input_size, data_config, all(program.image_size is None for *_, program in programs)),
+        'image': {**image, 'any_size': all(program.image_size is None for *_, program in programs)},
         'macs': {str(n): count for n, count in member_macs(model, tuple(input_size[1:])).items()},
     }
     if exit_point is not None:
@@ -134,7 +135,7 @@ def _describe(model: HierarchicalEnsemble) -> dict[str, Any]:
     }
 
 
-def _image(model, input_size: Sequence[int], data_config: Mapping[str, Any] | None, any_size: bool) -> dict[str, Any]:
+def _image(model, input_size: Sequence[int], data_config: Mapping[str, Any] | None) -> dict[str, Any]:
     channels, height, width = input_size
     cfg = getattr(model, 'pretrained_cfg', None)
     known = resolve_data_config({'in_chans': channels}, model=model) if cfg else {}
@@ -142,8 +143,8 @@ def _image(model, input_size: Sequence[int], data_config: Mapping[str, Any] | No
     image = {key: known[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode') if key in known}
     for key, default in (('mean', 0.), ('std', 1.)):
         if len(image.setdefault(key, [default] * channels)) != channels:
-            raise ValueError(f'data_config must have {key} of {channels} value(s), as the images, got {image[key]}.')
-    return {'channels': channels, 'height': height, 'width': width, 'any_size': any_size, **image}
+            raise ValueError(f'{key} must have {channels} value(s), as the images have channels, got {image[key]}.')
+    return {'channels': channels, 'height': height, 'width': width, **image}
 
 
 def _write_programs(folder: Path, programs: Sequence[tuple[int, int, Program]]) -> list[dict[str, Any]]:

@@ -21,12 +21,10 @@ from .optimize import OptimizedEnsemble
 
 def _describe(model: HierarchicalEnsemble | OptimizedEnsemble) -> dict[str, Any]:
     """Return what a table says about the model that it is of."""
-    plain, mode = model, 'original'
-    if isinstance(model, OptimizedEnsemble):
-        plain, mode = model.model, model.mode
+    plain = _plain(model)
     return {
         'model': (getattr(plain, 'pretrained_cfg', None) or {}).get('architecture') or type(plain).__name__,
-        'mode': mode,
+        'mode': getattr(model, 'mode', 'original'),
         'nodes': tuple(model.nodes),
         'dtype': str(next(model.parameters()).dtype).removeprefix('torch.'),
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..models.anytime import check_images
 from ..models.create import check_ensemble
 from ..models.ensemble import HierarchicalEnsemble
+from ..process import installed_version
 from .engines import ENGINES, Engine, check_engine
 from .folding import folded
 from .optimize import OptimizedEnsemble
@@ -43,9 +44,7 @@ class QuantizedEnsemble(OptimizedEnsemble):
 
     def _make(self, name: str) -> Engine:
         images = self.calibration_images
-        import onnxruntime
-
-        made_by = Path(__file__).read_bytes() + onnxruntime.__version__.encode()
+        made_by = Path(__file__).read_bytes() + installed_version('onnxruntime').encode()
         salt = hashlib.sha256(made_by + images.numpy().tobytes()).hexdigest()
         plain = ProgramStore(self.model)
         store = ProgramStore(

@@ -5,7 +5,7 @@ from timm.models._hub import load_model_config_from_path
 
 from .ensemble import HierarchicalEnsemble
 
-__all__ = ['check_ensemble', 'create_ensemble', 'is_registered']
+__all__ = ['check_ensemble', 'create_ensemble', 'has_weights']
 
 
 def check_ensemble(model: object) -> HierarchicalEnsemble:
@@ -20,9 +20,13 @@ def check_ensemble(model: object) -> HierarchicalEnsemble:
     return model
 
 
-def is_registered(name: str) -> bool:
-    """Return whether timm has a model of exactly this name, with a tag or without."""
-    return name in timm.list_models() or name in timm.list_models(include_tags=True)
+def has_weights(name: str) -> bool:
+    """Return whether exactly this name, with a tag or without, is that of an ensemble with pretrained weights."""
+    return timm.is_model_pretrained(name) and not _is_timms(name)
+
+
+def _is_timms(architecture: str) -> bool:
+    return timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith('timm.')
 
 
 def create_ensemble(name: str, **kwargs) -> HierarchicalEnsemble:
@@ -44,8 +48,7 @@ def create_ensemble(name: str, **kwargs) -> HierarchicalEnsemble:
             _, architecture, _ = load_model_config_from_path(architecture)
     except (AttributeError, KeyError, TypeError) as error:  # what timm makes of the config.json of another library
         raise ValueError(f"{name} is no model of timm: its config.json lacks timm's keys ({error}).") from error
-    is_timms = timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith('timm.')
-    model = None if is_timms else timm.create_model(name, **kwargs)
+    model = None if _is_timms(architecture) else timm.create_model(name, **kwargs)
     if not isinstance(model, HierarchicalEnsemble):
         raise ValueError(f'model must be a hierarchical ensemble, such as {timm.list_models("hne_*")}, got {name!r}.')
     return model

@@ -1,5 +1,6 @@
 """Any model by its name, and images from anywhere: what the page, the service and `timm-hne predict` share."""
 import io
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from ..images import UNREADABLE, convert_image, open_image
 from ..inference.early_exit import EarlyExit, early_exit
 from ..inference.engines import ENGINES
 from ..inference.optimize import OptimizedEnsemble, optimize_for_inference
-from ..models.create import create_ensemble, is_registered
+from ..models.create import create_ensemble, has_weights
 from ..models.ensemble import HierarchicalEnsemble
 from ..pretrained import read_results
 from ..runtime import MANIFEST
@@ -27,6 +28,8 @@ from .exported import ExportedEnsemble
 __all__ = ['FORMATS', 'MAX_PIXELS', 'Classifier', 'ImageError', 'Label', 'locate']
 
 MAX_PIXELS = 50_000_000
+
+_logger = logging.getLogger(__name__)
 
 # What cameras and the web use. Others would let strangers choose among decoders that run programs (EPS), or whose
 # headers do not say how large the image is (ICO, ICNS).
@@ -59,7 +62,9 @@ def locate(name: str | os.PathLike) -> str | Path:
     Returns:
         Its file, the last checkpoint if `name` is the folder of a run; its folder; or its name for timm.
     """
-    if isinstance(name, str) and is_registered(name):
+    if isinstance(name, str) and has_weights(name):
+        if Path(name).exists():
+            _logger.warning(f'{name} is the model of the package; what lies here under its name is ./{name}.')
         return name
     path = Path(os.fspath(name).removeprefix('local-dir:'))
     if (path / CheckpointWriter.LAST).is_file():
@@ -153,7 +158,7 @@ class Classifier:
         Args:
             name: A registered model with pretrained weights, a Hub model ('hf-hub:user/name'), the file of a
                 checkpoint, or the folder of a training run, of a published model, or of one that `timm-hne export`
-                wrote. Of a registered model and a folder of the same name it is the model; './NAME' is the folder.
+                wrote. Of a model of the package and a folder of the same name it is the model; './NAME' is the folder.
             engine: What runs it: see `timm_hne.optimize_for_inference`; 'none' is the model as it is. An exported
                 model has its own.
             device: Where it runs; 'auto' is a GPU if there is one, but the CPU for an exported model.
@@ -186,7 +191,7 @@ class Classifier:
     @property
     def engine(self) -> str:
         """What runs the model; 'auto' until that has been measured."""
-        return getattr(self.model, 'mode', 'onnxruntime' if isinstance(self.model, ExportedEnsemble) else 'none')
+        return getattr(self.model, 'mode', 'none')
 
     def _check_size(self, size: tuple[int, int]) -> None:
         width, height = size

@@ -54,6 +54,11 @@ class ExportedEnsemble(nn.Module):
         """Load a folder; see `timm_hne.runtime.load`."""
         return cls(load(folder, threads))
 
+    @property
+    def mode(self) -> str:
+        """The engine, as `OptimizedEnsemble.mode`."""
+        return 'onnxruntime'
+
     def train(self, mode: bool = True) -> 'ExportedEnsemble':
         """Refuse training mode."""
         if mode:

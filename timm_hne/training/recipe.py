@@ -232,9 +232,9 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_paths(entry) for key, entry in value.items() if not os.path.isabs(str(entry))}
     if isinstance(value, (list, tuple)):
-        return type(value)(_without_paths(entry) for entry in value)
-    if isinstance(value, str) and value.startswith('local-dir:'):
-        return f'local-dir:{Path(value.removeprefix("local-dir:")).name}'
+        return type(value)(_without_paths(entry) for entry in value if not os.path.isabs(str(entry)))
+    if isinstance(value, str) and value.lower().startswith(('local-dir:', 'local_dir:')):  # of which the name stays
+        return f'local-dir:{Path(value.partition(":")[2]).resolve().name}'
     return value
 
 
