@@ -230,6 +230,7 @@ FILES = {
     'cmyk': lambda: encode(noise().convert('CMYK'), 'JPEG'),
     '16 bits': lambda: encode(sixteen_bits()),
     '16 bits, TIFF': lambda: encode(sixteen_bits(), 'TIFF'),
+    '16 bits, PGM': lambda: b'P5 50 40 65535\n' + np.asarray(sixteen_bits()).astype('>u2').tobytes(),
     'animated GIF': lambda: animation('GIF'),
     'animated PNG': lambda: animation('PNG'),
     'animated WebP': lambda: animation('WEBP', lossless=True),
@@ -381,6 +382,8 @@ def test_the_name_of_a_model_of_the_package_is_no_folder_that_has_it(places, tmp
     for name in ('hne_mobilenetv2_075_e4', 'resnet18'):  # without weights of ours
         (tmp_path / name).mkdir()
         assert locate(name) == Path(name)
+    with pytest.raises(FileNotFoundError, match='none'):
+        locate(tmp_path / 'none')
 
 
 @pytest.mark.parametrize('place, which', [

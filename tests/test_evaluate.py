@@ -36,8 +36,8 @@ NODES = (1, 1, 2, 2, 4)
 OLD = Path(__file__).parent / 'data' / 'v0_1'
 CLASSES = 6
 KEYS = [
-    'model', 'nodes', 'weights_sha256', 'data', 'split', 'num_images', 'objective', 'alpha', 'epochs', 'seed', 'recipe',
-    'members', 'member_top1',
+    'model', 'nodes', 'weights_sha256', 'data', 'split', 'input_size', 'num_images', 'objective', 'alpha', 'epochs',
+    'seed', 'recipe', 'members', 'member_top1',
 ]
 
 pytestmark = pytest.mark.usefixtures('shallow_module')

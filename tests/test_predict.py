@@ -3,7 +3,9 @@ import argparse
 import itertools
 import json
 import re
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from test_hub import results_of, trained_model
 from timm.utils import CheckpointSaver
 
 from timm_hne.__main__ import main
+from timm_hne.cli.predict import load_images
 from timm_hne.hub import write_folder
 from timm_hne.models import anytime as anytime_module
 from timm_hne.pretrained import read_results
@@ -133,6 +136,19 @@ def test_files_that_are_no_images(folder, image, tmp_path, capsys):
             main(['predict', str(image), str(path), '--model', f'local-dir:{folder}'])
         printed = capsys.readouterr()
         assert f'image {path} cannot be read: ' in printed.err and not printed.out
+
+
+def test_named_images_are_not_in_memory_all_at_once(tmp_path):
+    alive = weakref.WeakSet()
+
+    def open_image(path):
+        tensor = torch.zeros(1)
+        alive.add(tensor)
+        return tensor
+
+    files = [str(tmp_path / f'{i}.png') for i in range(9)]
+    for number, (path, _) in enumerate(load_images(files, SimpleNamespace(image=open_image))):
+        assert path == files[number] and len(alive) <= 2
 
 
 def test_folders_of_images(folder, model, image, tmp_path, capsys):

@@ -22,7 +22,7 @@ from test_hub import NODES, results_of, trained_model
 import timm_hne.hub.folder
 from timm_hne.__main__ import main
 from timm_hne.hub.publishing import publish
-from timm_hne.pretrained import digest, read_digests, state_digest
+from timm_hne.pretrained import digest, read_digests, read_results, state_digest
 
 FILES = {
     'README.md', 'SHA256SUMS', 'accuracy.png', 'config.json', 'evaluation.json', 'model.safetensors', 'recipe.yaml'}
@@ -673,6 +673,24 @@ def test_command_knows_the_classes_of_the_training_data(alice, model, run_folder
     assert 'label_names' not in yaml.safe_load(Path('net/recipe.yaml').read_text())
     command(path, '--repo-id', 'alice/net', '--dry-run', '--label-names', *'0123456789')
     assert timm.create_model('local-dir:net', pretrained=True).pretrained_cfg['label_names'] == list('0123456789')
+
+
+def test_the_size_of_the_images_is_the_one_that_was_measured(alice, quick, model, run_folder):
+    results = json.loads((run_folder / 'evaluation.json').read_text())
+    (run_folder / 'evaluation.json').write_text(json.dumps({**results, 'input_size': [3, 48, 48]}))
+    command(run_folder / 'last.pth.tar', '--repo-id', 'alice/net', '--dry-run')
+    loaded = timm.create_model('local-dir:net', pretrained=True)
+    assert loaded.pretrained_cfg['input_size'] == (3, 48, 48) and '3 x 48 x 48' in Path('net/README.md').read_text()
+    assert read_results(Path('net'), loaded) is not None
+    loaded.pretrained_cfg['input_size'] = (3, 32, 32)
+    assert read_results(Path('net'), loaded) is None
+
+
+def test_no_path_of_a_recipe_is_published(alice, quick, model, run_folder):
+    (run_folder / 'r.yaml').write_text(yaml.safe_dump(dict(
+        epochs=2, data_dir='/home/alice/images', initial_checkpoint='/home/alice/last.pth.tar')))
+    command(run_folder / 'last.pth.tar', '--repo-id', 'alice/net', '--dry-run', '--recipe', run_folder / 'r.yaml')
+    assert yaml.safe_load(Path('net/recipe.yaml').read_text()) == dict(epochs=2)
 
 
 RECIPE_OF_IMAGES = dict(

@@ -425,6 +425,17 @@ def test_threads_do_not_mix_what_they_write_to_one_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_device_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / 'pipe'
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        write_file(pipe, lambda path: path.write_text('text'))
+        assert os.read(reader, 100) == b'text' and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+    finally:
+        os.close(reader)
+
+
 @pytest.fixture
 def timm_scripts(request, monkeypatch):
     """Folder with the train.py and validate.py of the installed timm, downloaded once: no distribution has them."""

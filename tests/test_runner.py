@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import timm_hne
 from timm_hne.inference import runner as runner_module
 from timm_hne.inference.optimize import optimize_for_inference
-from timm_hne.inference.runner import AdaptiveRunner, MemberPolicy, Overloaded, ShutDown
+from timm_hne.inference.runner import AdaptiveRunner, DeadlineTooShort, MemberPolicy, Overloaded, ShutDown
 
 TIMEOUT = 60  # seconds after which a test that hangs fails; nothing is asserted about time itself
 
@@ -67,6 +67,14 @@ def test_policy_learns_that_the_machine_became_slower_and_faster_again():
         policy.record(1, 1, SECONDS[1][1])
     assert policy.slowdown == pytest.approx(1, rel=0.01)
     assert policy.choose(8, 8, 0., 0., 0.) == 4
+
+
+def test_an_idle_machine_counts_as_fast_as_it_was_measured():
+    policy = MemberPolicy(0.1, SECONDS)
+    policy.record(1, 1, 1000 * SECONDS[1][1])
+    assert not policy.would_be_late(0, 0., 0.05)
+    assert policy.would_be_late(1, 0., 0.05) and policy.would_be_late(0, 0.001, 0.05)
+    assert policy.would_be_late(0, 0., SECONDS[1][1])
 
 
 def simulate(policy, arrivals, seconds, max_batch_size=8):
@@ -759,6 +767,21 @@ def test_what_a_request_has_taken_before_makes_members_fall(gate):
             runner.submit(image(1), age=9.)
         gate.open.set()
         first.result(TIMEOUT)
+        assert_consistent(runner.stats)
+
+
+def test_after_a_stall_deadlines_are_kept_again(gate):
+    gate.advance = lambda frontier, start, stop: (torch.zeros(len(frontier[0]), stop - start, 2), frontier)
+    gate.nodes = (1,)
+    with AdaptiveRunner(gate, latency_target=100., max_batch_size=4) as runner:
+        runner.policy.seconds = {n: {size: 0.02 * n for size in (1, 2, 4)} for n in (1, 2, 4)}
+        for options in ({}, {'threshold': 1.}, {'num_members': 1}):
+            runner.policy.slowdown = 1000.
+            for _ in range(60):
+                runner.submit(image(0), deadline=10., **options).result(TIMEOUT)
+            assert runner.policy.slowdown < 1.1
+        with pytest.raises(DeadlineTooShort):
+            runner.submit(image(0), deadline=0.02)
         assert_consistent(runner.stats)
 
 

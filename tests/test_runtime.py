@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -286,7 +287,16 @@ def test_grey_images_need_their_own_mean(tmp_path):
     with pytest.raises(ValueError, match=r'mean must have 1 value\(s\)'):
         export_folder(model, tmp_path / 'folder', (1, 8, 8))
     manifest = export_folder(model, tmp_path / 'folder', (1, 8, 8), data_config={'mean': [0.5], 'std': [0.2]})
-    assert (manifest['image']['mean'], manifest['image']['std']) == ([0.5], [0.2])
+    assert (*manifest['image']['mean'], *manifest['image']['std']) == (0.5, 0.2)
+
+
+def test_what_timms_scripts_leave_out_is_the_models_own(tmp_path):
+    model = timm.create_model('hne_resnet50_c8', nodes=(1,) * 5).eval()
+    manifest = export_folder(
+        model, tmp_path / 'folder', (3, 8, 8), data_config={'interpolation': '', 'mean': [0.5], 'std': None})
+    cfg = model.pretrained_cfg
+    assert manifest['image']['interpolation'] == cfg['interpolation']
+    assert tuple(manifest['image']['mean']) == (0.5,) * 3 and tuple(manifest['image']['std']) == tuple(cfg['std'])
 
 
 def test_an_interrupted_export_can_be_repeated(model, folder, tmp_path, monkeypatch):
@@ -345,13 +355,18 @@ def test_command(tmp_path, capsys, shallow):
     torch.save({'state_dict': model.state_dict(), 'args': args, 'arch': 'hne_resnet50_c8', 'epoch': 0},
                tmp_path / 'last.pth.tar')
     table = LatencyTable('hne_resnet50_c8', 'onnxruntime', (1,) * 5, (3, 16, 16), 'float32', {'device': 'cpu'},
-                         {1: 5}, {1: {1: 2.5}})
+                         {1: member_macs(model, 16)[1]}, {1: {1: 2.5}})
     table.save(tmp_path / 'table.json')
+    replace(table, macs={1: 5}).save(tmp_path / 'other.json')
     folder = tmp_path / 'folder'
     for _ in range(2):  # it may be written anew
         main(['export', 'hne_resnet50_c8', '--checkpoint', str(tmp_path / 'last.pth.tar'), '--output', str(folder),
               '--threshold', '0.9', '--latency-table', str(tmp_path / 'table.json')])
     assert 'images of 16x16 pixels or any other size' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(['export', 'hne_resnet50_c8', '--checkpoint', str(tmp_path / 'last.pth.tar'), '--output', str(folder),
+              '--latency-table', str(tmp_path / 'other.json')])
+    assert 'latency must be of this model' in capsys.readouterr().err
     network = runtime.load(folder)
     image = network.manifest['image']
     assert (image['height'], image['width'], image['mean'], image['std']) == (16, 16, [0.5] * 3, [0.25] * 3)

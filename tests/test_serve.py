@@ -246,9 +246,11 @@ def test_a_full_queue_is_refused_at_once_and_what_waits_is_answered(serve, held)
 def test_a_deadline_that_cannot_be_kept(serve):
     client = serve()
     client.runner.policy.seconds = {n: {size: 1. for size in (1, 2, 4)} for n in (1, 2, 4)}
-    assert refused(client.post('/predict?deadline_ms=500', content=encode(noise())), 503, 'deadline=0')
+    hopeless = client.post('/predict?deadline_ms=500', content=encode(noise()))
+    assert refused(hopeless, 503, 'deadline=0') and 'retry-after' not in hopeless.headers
     assert refused(client.post('/predict?deadline_ms=1e-321', content=encode(noise())), 503, 'deadline=')
     assert client.post('/predict?deadline_ms=50000', content=encode(noise())).status_code == 200
+    assert metrics(client)['hne_rejected_total{reason="deadline"}'] == 2
 
 
 def test_a_late_request_is_answered_if_nobody_waits(serve):
@@ -417,7 +419,7 @@ def test_fewer_are_let_in_while_those_inside_come_too_late():
         """In time for as many as there is capacity for."""
         late = guard.inside > capacity
         await asyncio.sleep(0.001)
-        headers = [(b'content-type', b'application/json')]
+        headers = [(b'content-type', b'application/json')] + [(b'retry-after', b'1')] * late
         await send({'type': 'http.response.start', 'status': 503 if late else 200, 'headers': headers})
         await send({'type': 'http.response.body', 'body': b'{}'})
 
@@ -430,6 +432,15 @@ def test_fewer_are_let_in_while_those_inside_come_too_late():
     for _ in range(300):
         assert asyncio.run(flood(guard, 8)) == [200] * 8
     assert guard.bound > 2 * capacity
+    before = guard.bound
+
+    async def hopeless(scope, receive, send):
+        headers = [(b'content-type', b'application/json')]  # and nothing of trying again
+        await send({'type': 'http.response.start', 'status': 503, 'headers': headers})
+        await send({'type': 'http.response.body', 'body': b'{}'})
+
+    guard.app = hopeless
+    assert asyncio.run(flood(guard, 8)) == [503] * 8 and guard.bound == before
 
 
 def test_who_gets_no_answer_gets_one():

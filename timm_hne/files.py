@@ -9,11 +9,14 @@ def write_file(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
     """Let a function save a file under a temporary name, then rename it; nothing is left if it fails.
 
     Args:
-        path: File to write; its folder is created.
+        path: File to write; its folder is created. A device, such as /dev/null, is written to as it is.
         save: Function that writes to the path it is given, which ends like `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        save(path)
+        return
     temporary = path.with_name(f'.{os.getpid()}.{threading.get_ident()}.{path.name}')
     try:
         save(temporary)

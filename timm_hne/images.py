@@ -33,8 +33,8 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     image.load()
     with suppress(Exception):  # damaged EXIF data, of which there are many, count as none
         ImageOps.exif_transpose(image, in_place=True)
-    # Pillow before 11.2 reads 16-bit PNG files into 32-bit integers.
-    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG'):
+    # Pillow reads 16-bit PPM files, and before 11.2 PNG files, into 32-bit integers.
+    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ('I', 'F'):
         raise ValueError(f'it has the mode {image.mode}, and nothing says which of its values is white')

@@ -94,7 +94,7 @@ def read_weights(
 
 
 def read_results(source: str | Path, model: torch.nn.Module) -> dict[str, Any] | None:
-    """Return the evaluation that belongs to weights, or None if there is none of them.
+    """Return the evaluation that belongs to weights, on images of the model's size, or None if there is none of them.
 
     Args:
         source: 'hf-hub:user/name' or the name of a registered model; or a file or folder, beside or in which it is.
@@ -110,7 +110,9 @@ def read_results(source: str | Path, model: torch.nn.Module) -> dict[str, Any] |
             cfg = model.pretrained_cfg
             data = (PACKAGED / f'{cfg["architecture"]}.{cfg.get("tag")}.json').read_bytes()
         results = json.loads(data)
-        return results if results['weights_sha256'] == state_digest(model.state_dict()) else None
+        size = list(model.pretrained_cfg['input_size'])
+        ours = results['weights_sha256'] == state_digest(model.state_dict()) and results.get('input_size', size) == size
+        return results if ours else None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         return None
 

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure a latency table, print it and save it."""
+    torch.manual_seed(0)  # the same weights every time, so that their programs are in the cache
     model = create_ensemble(args.name, **model_kwargs(args)).eval()
     image_size = input_size(args, model)
     dtype = getattr(torch, args.dtype)

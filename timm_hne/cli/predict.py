@@ -29,7 +29,10 @@ def load_images(paths: Sequence[str], classifier: Classifier) -> Iterator[tuple[
     """
     folders = [Path(path) for path in paths if Path(path).is_dir()]
     found = {folder: find_images(folder) for folder in folders}
-    yield from [(path, classifier.image(path)) for path in paths if Path(path) not in found]
+    files = [path for path in paths if Path(path) not in found]
+    for path in files:  # all of them at once would need the memory
+        classifier.image(path)
+    yield from ((path, classifier.image(path)) for path in files)
     for file in (file for files in found.values() for file in files):
         try:
             image = classifier.image(file)

@@ -13,7 +13,7 @@ from ..models.create import create_ensemble
 from ..models.ensemble import HierarchicalEnsemble
 from ..pretrained import DIGESTS_NAME, digest, read_digests, state_digest
 from ..training.checkpoint import RunCheckpoint
-from ..training.recipe import read_recipe
+from ..training.recipe import read_recipe, recipe_of
 from .arguments import add_model_kwargs, model_kwargs
 
 
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
         recipe = checkpoint.recipe
     if isinstance(recipe, dict) and 'base' in recipe:
         recipe = read_recipe(args.recipe or str(folder / RECIPE_NAME))
+    recipe = recipe_of(recipe) if isinstance(recipe, dict) else recipe
     if not path.is_dir() and isinstance(recipe, dict):
         # Weights alone do not say how their images were prepared, but their recipe may. A folder says it itself.
         checkpoint = replace(checkpoint, args={**recipe, **checkpoint.args})

@@ -62,6 +62,7 @@ def write_folder(
         dtype: 'float16' or 'float32', the data type of the stored weights.
         label_names: Names of the classes; if None, those of the repository or folder that the model comes from.
         data_config: How images were prepared, as timm's `resolve_data_config` takes it; as in the model's cfg if None.
+            Their size is that of the results, if these say it.
         license: Id of the license on the Hub, e.g. 'mit'; the one that the card or the architecture has if None.
         base_model: Id on the Hub of the model that this one was made from.
         datasets: Ids on the Hub of the data that the model was trained on.
@@ -83,6 +84,8 @@ def write_folder(
     except yaml.YAMLError as error:
         raise ValueError(f'recipe must hold plain values only: {error}') from error
     rows = _check_results(results, model)
+    if 'input_size' in results:  # what is published is what was measured
+        data_config = {**(data_config or {}), 'input_size': tuple(results['input_size'])}
     # safetensors stores no tensors in the order of channels_last.
     stored = copy.deepcopy(model).to('cpu', DTYPES[dtype], memory_format=torch.contiguous_format)
     bad = [name for name, tensor in stored.state_dict().items() if not torch.isfinite(tensor).all()]

@@ -7,12 +7,13 @@ from .export import export
 from .latency import LatencyTable
 from .optimize import OptimizedEnsemble, optimize_for_inference
 from .quantize import quantize
-from .runner import AdaptiveRunner, Answer, Overloaded, ShutDown
+from .runner import AdaptiveRunner, Answer, DeadlineTooShort, Overloaded, ShutDown
 
 __all__ = [
     'CRITERIA',
     'AdaptiveRunner',
     'Answer',
+    'DeadlineTooShort',
     'EarlyExit',
     'ExitPoint',
     'LatencyTable',

@@ -71,6 +71,11 @@ def export_folder(
             'export model.extract(n) for fewer.')
     if exit_point is not None:
         validate_criterion(criterion, exit_point.threshold, model.num_classes)
+    macs = member_macs(model, tuple(input_size[1:]))
+    if latency is not None and not latency.macs.items() <= macs.items():
+        raise ValueError(
+            f'latency must be of this model and image size, got the table of {latency.model} with images of '
+            f'{latency.input_size}, whose numbers of members cost {latency.macs} MACs.')
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_ours(folder))):
         raise FileExistsError(f'folder must be new, or hold an exported model: {folder} holds something else.')
@@ -85,7 +90,7 @@ def export_folder(
         'timm_hne': __version__,
         **_describe(model),
         'image': {**image, 'any_size': all(program.image_size is None for *_, program in programs)},
-        'macs': {str(n): count for n, count in member_macs(model, tuple(input_size[1:])).items()},
+        'macs': {str(n): count for n, count in macs.items()},
     }
     if exit_point is not None:
         manifest['exit'] = {'criterion': criterion, **vars(exit_point)}
@@ -138,8 +143,9 @@ def _describe(model: HierarchicalEnsemble) -> dict[str, Any]:
 def _image(model, input_size: Sequence[int], data_config: Mapping[str, Any] | None) -> dict[str, Any]:
     channels, height, width = input_size
     cfg = getattr(model, 'pretrained_cfg', None)
-    known = resolve_data_config({'in_chans': channels}, model=model) if cfg else {}
-    known = {**known, **(data_config or {})}
+    known = {**(data_config or {})}
+    if cfg:
+        known = resolve_data_config({**known, 'in_chans': channels}, model=model)
     image = {key: known[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode') if key in known}
     for key, default in (('mean', 0.), ('std', 1.)):
         if len(image.setdefault(key, [default] * channels)) != channels:

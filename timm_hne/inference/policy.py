@@ -26,10 +26,14 @@ class MemberPolicy:
         # Time of recent batches over the measured one: the machine may be slower now than it was.
         self.slowdown = 1.
 
-    def expected(self, num_members: int, batch_size: int) -> float:
-        """Return the seconds that a batch of at most the largest measured size is expected to take."""
+    def measured(self, num_members: int, batch_size: int) -> float:
+        """Return the seconds that a batch of at most the largest measured size took when that was measured."""
         row = self.seconds[num_members]
-        return float(np.interp(batch_size, self.batch_sizes, [row[size] for size in self.batch_sizes])) * self.slowdown
+        return float(np.interp(batch_size, self.batch_sizes, [row[size] for size in self.batch_sizes]))
+
+    def expected(self, num_members: int, batch_size: int) -> float:
+        """Return the seconds that such a batch is expected to take now."""
+        return self.measured(num_members, batch_size) * self.slowdown
 
     def choose(
             self,
@@ -73,6 +77,9 @@ class MemberPolicy:
     def would_be_late(self, waiting: int, busy: float, left: float | None = None) -> bool:
         """Whether a new request would be answered too late even if all got the fewest members from now on.
 
+        Where nothing runs or waits, the machine counts as fast as it was measured: that it was slow once, nobody would
+        else find out to be over.
+
         Args:
             waiting: Number of requests before it.
             busy: Seconds until the batch that is being computed is done.
@@ -81,9 +88,11 @@ class MemberPolicy:
         fewest, largest = self.schedule[0], self.batch_sizes[-1]
         full, rest = divmod(waiting, largest)
         seconds = busy + full * self.expected(fewest, largest) + self.expected(fewest, rest + 1)
+        if not waiting and not busy:
+            seconds = self.measured(fewest, 1)
         return seconds > _MARGIN * (self.latency_target if left is None else left)
 
     def record(self, num_members: int, batch_size: int, duration: float) -> None:
         """Learn from a batch that took `duration` seconds."""
-        ratio = duration * self.slowdown / self.expected(num_members, batch_size)
+        ratio = duration / self.measured(num_members, batch_size)
         self.slowdown += 0.2 * (ratio - self.slowdown)

@@ -13,6 +13,10 @@ class Overloaded(RuntimeError):
     """The request was rejected because too many others are waiting."""
 
 
+class DeadlineTooShort(Overloaded):
+    """The request was rejected because its deadline is too short even where no other is waiting."""
+
+
 class ShutDown(RuntimeError):
     """The request was rejected because the runner has been shut down."""
 

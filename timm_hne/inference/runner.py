@@ -24,9 +24,9 @@ from ..tree import prefixes
 from .early_exit import exit_in_batch, validate_criterion
 from .optimize import OptimizedEnsemble
 from .policy import MemberPolicy
-from .requests import Answer, Overloaded, Request, RunnerStats, ShutDown, resolve
+from .requests import Answer, DeadlineTooShort, Overloaded, Request, RunnerStats, ShutDown, resolve
 
-__all__ = ['AdaptiveRunner', 'Answer', 'Overloaded', 'RunnerStats', 'ShutDown']
+__all__ = ['AdaptiveRunner', 'Answer', 'DeadlineTooShort', 'Overloaded', 'RunnerStats', 'ShutDown']
 
 _logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class AdaptiveRunner:
         Raises:
             TypeError: An argument is of a wrong type.
             ValueError: `image` is of another size, or another argument is out of range.
-            Overloaded: Too many requests are waiting, or the deadline is too short.
+            Overloaded: Too many requests are waiting; or, as a `DeadlineTooShort`, nobody could keep the deadline.
             ShutDown: The runner has been shut down.
             RuntimeError: The runner was made by another process, of which this is a fork.
         """
@@ -258,7 +258,8 @@ class AdaptiveRunner:
             refusal = self._refusal(now, deadline, left)
             if refusal is not None:
                 self.stats.rejected += 1
-                raise Overloaded(refusal)
+                alone = deadline is not None and self.policy.would_be_late(0, 0., deadline)
+                raise DeadlineTooShort(refusal) if alone else Overloaded(refusal)
             request = Request(image, now - self.policy.head_start(left), num_members, threshold)
             self._queue.append(request)
             self._condition.notify()
@@ -375,8 +376,9 @@ class AdaptiveRunner:
             else:
                 logits, used = self._exit_early(images, num_members, requests)
             duration = _clock() - begin
-            if plain or duration > expected:  # images that left early say nothing of how long the others take
-                self.policy.record(num_members, len(requests), duration)
+            if not plain:  # images that left early do not make the machine faster than it was measured
+                duration = max(duration, self.policy.measured(num_members, len(requests)))
+            self.policy.record(num_members, len(requests), duration)
         except BaseException as error:  # whatever it is, these clients must not wait for ever
             _logger.exception('a batch of %d requests failed', len(requests))
             with self._condition:

@@ -61,6 +61,9 @@ def locate(name: str | os.PathLike) -> str | Path:
 
     Returns:
         Its file, the last checkpoint if `name` is the folder of a run; its folder; or its name for timm.
+
+    Raises:
+        FileNotFoundError: `name` is a path, and there is nothing.
     """
     if isinstance(name, str) and has_weights(name):
         if Path(name).exists():
@@ -69,7 +72,9 @@ def locate(name: str | os.PathLike) -> str | Path:
     path = Path(os.fspath(name).removeprefix('local-dir:'))
     if (path / CheckpointWriter.LAST).is_file():
         return path / CheckpointWriter.LAST
-    return path if path.exists() else os.fspath(name)
+    if isinstance(name, os.PathLike) and not path.exists():
+        raise FileNotFoundError(f'model does not exist: {path}')
+    return path if path.exists() else name
 
 
 def _open_model(where: str | Path, **kwargs) -> HierarchicalEnsemble | ExportedEnsemble:
@@ -206,7 +211,8 @@ class Classifier:
     def image(self, source: bytes | str | os.PathLike | Image.Image) -> torch.Tensor:
         """Read an image, turn it upright and prepare it as the model expects it.
 
-        Of an animation the first frame is taken, of 16 bits the upper 8; all modes become the channels of the model.
+        Of an animation the first frame is taken, of 16 bits the upper 8; other modes become the channels of the model,
+        but 32-bit and floating-point numbers are refused.
         Nothing is decoded of an image that is too large.
 
         Args:

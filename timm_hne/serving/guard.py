@@ -109,7 +109,7 @@ class BodyGuard:
         """Let the application answer, unless so many requests are in it that those before came too late.
 
         Refusing costs far less here than further on, where in the end all would come too late. The bound goes up by one
-        for as many answers as it is, and down by a twentieth for each request that was refused there.
+        for as many answers as it is, and down by a twentieth for each request that was refused there because of others.
         """
         limited = self.stamp and scope.get('method') == 'POST'
         if limited and self.inside >= self.bound:
@@ -121,7 +121,7 @@ class BodyGuard:
             self.inside -= limited
             if limited and exchange.status == 200:
                 self.bound = min(_MOST_INSIDE, self.bound + 1 / self.bound)
-            elif limited and exchange.status == 503:
+            elif limited and exchange.overloaded:
                 self.bound = max(_LEAST_INSIDE, 0.95 * self.bound)
         if exchange.unanswered:
             raise Refused(503, 'the service cannot take the request just now; try again.', 'unavailable')
@@ -174,6 +174,7 @@ class _Exchange:
         self._gone = False
         self._passed = None  # whether the answer was passed on, None before there is one
         self.status: int | None = None
+        self.overloaded = False  # whether it was refused because of others, and may be tried again
 
     @property
     def unanswered(self) -> bool:
@@ -192,8 +193,10 @@ class _Exchange:
     async def send(self, message: dict) -> None:
         """Take a message from the application."""
         if message['type'] == 'http.response.start':
-            kind = next((value for name, value in message['headers'] if name.lower() == b'content-type'), b'')
+            headers = {name.lower(): value for name, value in message['headers']}
             self.status = message['status']
-            self._passed = message['status'] not in (404, 408, 429, 500, 503) or kind.startswith(b'application/json')
+            ours = headers.get(b'content-type', b'').startswith(b'application/json')
+            self._passed = ours or self.status not in (404, 408, 429, 500, 503)
+            self.overloaded = self.status == 503 and (not ours or b'retry-after' in headers)
         if self._passed:
             await self._send(message)

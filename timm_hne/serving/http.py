@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from ..checks import check_integer, check_number
 from ..inference.early_exit import validate_criterion
-from ..inference.runner import AdaptiveRunner, Overloaded, ShutDown
+from ..inference.runner import AdaptiveRunner, DeadlineTooShort, Overloaded, ShutDown
 from .classifier import Classifier, ImageError
 from .guard import RECEIVED, BodyGuard, Refused
 from .metrics import CONTENT_TYPE, Metrics
@@ -96,7 +96,8 @@ class Application:
             answer = await self._answer(request, begin)
         except Refused as error:
             self.metrics.refuse(error.status, error.reason)
-            headers = {'retry-after': '1'} if error.status == 503 else None
+            # A deadline that is too short is so later, too.
+            headers = {'retry-after': '1'} if error.status == 503 and error.reason != 'deadline' else None
             return JSONResponse({'error': str(error)}, error.status, headers)
         finally:
             self.metrics.queue.set(self.runner.waiting)
@@ -123,6 +124,8 @@ class Application:
             self.metrics.queue.set(self.runner.waiting)
             # If the client goes away, so does its request, unless it is being computed.
             logits, num_members = await asyncio.wrap_future(future)
+        except DeadlineTooShort as error:
+            raise Refused(503, str(error), 'deadline') from error
         except Overloaded as error:
             raise Refused(503, str(error), 'overloaded') from error
         except ShutDown as error:
