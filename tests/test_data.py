@@ -17,6 +17,7 @@ from timm.data.readers.img_extensions import add_img_extensions, del_img_extensi
 from torch.utils.data import IterableDataset, TensorDataset
 from torchvision.transforms.v2.functional import resized_crop
 
+from timm_hne.training import datasets
 from timm_hne.training.datasets import DIGITS, ImageSubset, UnreadableImageError, create_datasets, open_dataset
 from timm_hne.training.loader import create_image_loader, seed_epoch
 from timm_hne.training.memory_loader import MemoryLoader, _random_boxes, _resized_crop, load_into_memory
@@ -385,6 +386,16 @@ def test_nothing_readable(folder):
     train, _, _ = open_folder(folder, unreadable='skip')
     with pytest.raises(UnreadableImageError, match='12'):
         train[0]
+
+
+def test_many_unreadable_images_in_a_row_are_the_fault_of_the_disk(folder, monkeypatch):
+    monkeypatch.setattr(datasets, '_MOST_UNREADABLE', 2)
+    train, _, _ = open_folder(folder, unreadable='skip')
+    for number in range(2):
+        Path(train.filename(number)).write_bytes(b'')
+    with pytest.raises(UnreadableImageError, match=f'2 images in a row.*{train.filename(1)}'):
+        train[0]
+    assert train[1][0].size
 
 
 def test_torchvision_data_set(tmp_path):

@@ -514,6 +514,15 @@ def test_only_what_decays_in_the_base_decays(base):
         name for name, _ in model.named_parameters() if name in skipped}
 
 
+def test_patterns_of_what_does_not_decay():
+    model = make_base('test_vit')
+    model.no_weight_decay = lambda: {'pos_*', 'blocks.?.attn.qkv.weight'}
+    ensemble = timm_hne.hierarchize(model, tree_for('test_vit', 2, 4))
+    found = {re.sub(r'^(blocks\.\d+|heads)\.\d+\.', '', name) for name in ensemble.no_weight_decay()}
+    assert 'pos_embed' in found and {name for name in found if 'qkv' in name} == {
+        name for name, _ in model.named_parameters() if name.endswith('qkv.weight')}
+
+
 @every_base
 def test_learning_rates_by_depth_and_frozen_weights(base):
     ensemble = timm_hne.hierarchize(make_base(base), tree_for(base, 2, 4))

@@ -5,13 +5,18 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from test_trainer import data_dir, make_images, options, rows  # noqa: F401
+from timm.optim import Lookahead
 
 from timm_hne.__main__ import main
+from timm_hne.hub import write_folder
+from timm_hne.pretrained import state_digest
 from timm_hne.training import TrainConfig, train, trainer
 from timm_hne.training.checkpoint import RunCheckpoint
 from timm_hne.training.recipe import recipe_of
+from timm_hne.training.setup import create_trained_model
 from timm_hne.training.trackers import BestCheckpoint
 
 
@@ -52,11 +57,60 @@ def test_one_process_downloads_for_all(options, monkeypatch, rank, order):  # no
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, 'open_data', lambda config: seen.append('open') or (range(24), None, None, 3))
-    monkeypatch.setattr(trainer, 'dist', SimpleNamespace(barrier=lambda: seen.append('barrier')))
+    monkeypatch.setattr(trainer, 'dist', SimpleNamespace(
+        barrier=lambda: seen.append('barrier'),
+        all_gather_object=lambda values, value: values.__setitem__(slice(None), [value] * 2)))
     monkeypatch.setattr(trainer, '_Phase', stop)
     with pytest.raises(KeyboardInterrupt):
         trainer._train_phases(TrainConfig(**options, download=True), torch.device('cpu'), rank, 2, ExitStack())
     assert seen == order
+
+
+def test_processes_that_have_other_checkpoints_do_not_train_apart(options, monkeypatch):  # noqa: F811
+    def gather(values, value):
+        values[:] = [value, 3]
+
+    train(TrainConfig(**{**options, 'epochs': 1}))
+    monkeypatch.setattr(trainer, 'dist', SimpleNamespace(all_gather_object=gather))
+    config = TrainConfig(**{**options, 'resume': True})
+    with pytest.raises(RuntimeError, match=r'last epoch in output_dir .*\[0, 3\]'):
+        trainer._train_phases(config, torch.device('cpu'), 0, 2, ExitStack())
+
+
+@pytest.mark.parametrize('opt', ['lookahead_sgd', 'adahessian'])
+def test_optimizers_that_want_more_than_gradients(options, opt, monkeypatch):  # noqa: F811
+    synced, sync = [], Lookahead.sync_lookahead
+    monkeypatch.setattr(Lookahead, 'sync_lookahead', lambda self: synced.append(sync(self)))
+    result = train(TrainConfig(**{**options, 'opt': opt, 'epochs': 2}))
+    assert len(rows(result.checkpoint.parent)) == 2 and len(synced) == (2 if opt == 'lookahead_sgd' else 0)
+
+
+@pytest.mark.parametrize('model, kwargs', [
+    ('hne_resnet50_c8', {}), ('hne_from_timm', {'base': 'test_resnet'}),
+])
+def test_the_noise_of_a_tree_that_grows_out_of_pretrained_weights(tmp_path, model, kwargs):
+    one = timm.create_model(model, num_classes=3, nodes=(1,) * 5, **kwargs).eval()
+    results = dict(members=[dict.fromkeys(('top1', 'top5', 'macs', 'logit_std', 'nll', 'brier', 'ece'), 1.)])
+    results['members'][0]['num_members'] = 1
+    results |= dict(
+        model=model, nodes=[1] * 5, data='a', split='b', num_images=1, weights_sha256=state_digest(one.state_dict()))
+    write_folder(one, tmp_path / 'net', 'net', results, dict(epochs=1))
+    found = {}
+    for noise in (0., 1.):
+        config = TrainConfig(
+            model=f'local-dir:{tmp_path / "net"}', pretrained=True, model_kwargs={'nodes': (1, 1, 1, 1, 2)},
+            grow_noise=noise)
+        grown = create_trained_model(config, 3)[0].eval()
+        members = grown.forward_members(torch.ones(1, 3, 32, 32))[0]
+        found[noise] = (members[0] - members[1]).abs().max().item()
+    assert found[0.] < 1e-4 < found[1.]
+
+
+@pytest.mark.parametrize('key, value', [('color_jitter', 0.4), ('crop_pct', 0.8)])
+def test_what_does_nothing_in_memory_is_refused(options, key, value):  # noqa: F811
+    with pytest.raises(ValueError, match=f'{key} .*in_memory'):
+        TrainConfig(**{**options, key: value})
+    TrainConfig(**{**options, 'in_memory': False, key: value})
 
 
 def test_a_log_without_checkpoints_is_not_overwritten(options, tmp_path):  # noqa: F811

@@ -197,6 +197,12 @@ def test_gradient_clipping_parameters(model):
     assert len(list(task.get_clip_parameters())) == len(list(model.parameters()))
     left_out = set(model.parameters()) - set(task.get_clip_parameters(exclude_head=True))
     assert left_out == set(model.classifier.parameters())
+    model = timm.create_model('hne_from_timm', base='test_resnet', nodes=(1, 1, 1, 2, 4), num_classes=5)
+    task = HNETask(model)
+    task.compile(backend='eager')
+    left_out = set(model.parameters()) - set(task.get_clip_parameters(exclude_head=True))
+    assert left_out == {parameter for classifier in model.get_classifier() for parameter in classifier.parameters()}
+    assert len(left_out) == 8
 
 
 @pytest.mark.parametrize('compiled', [False, True])

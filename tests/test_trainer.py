@@ -765,6 +765,12 @@ def test_options_that_phases_overrule_are_named(caplog):
     assert len(caplog.records) == 1 and 'objective ' in caplog.text and 'phase 1, 2' in caplog.text
 
 
+def test_arguments_of_the_model_add_to_those_of_the_recipe():
+    config = read_arguments('--recipe', 'cifar10_from_timm.yaml', '--model-kwargs', 'drop_path_rate=0.1')
+    recipe = read_arguments('--recipe', 'cifar10_from_timm.yaml').model_kwargs
+    assert recipe and config.model_kwargs == {**recipe, 'drop_path_rate': 0.1}
+
+
 def test_there_are_recipes():
     assert {'cifar10.yaml', 'digits.yaml', 'imagenet.yaml'} <= {path.name for path in RECIPES.glob('*.yaml')}
 

@@ -51,7 +51,10 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
         ValueError: A recipe, a key or a value is wrong.
     """
     options = {key.name: getattr(args, key.name) for key in fields(TrainConfig) if hasattr(args, key.name)}
-    config = TrainConfig.from_dict({**(read_recipe(args.recipe) if args.recipe else {}), **options})
+    recipe = read_recipe(args.recipe) if args.recipe else {}
+    if 'model_kwargs' in options:  # adds to those of the recipe, as those of a phase do
+        options['model_kwargs'] = {**(recipe.get('model_kwargs') or {}), **options['model_kwargs']}
+    config = TrainConfig.from_dict({**recipe, **options})
     for name in options:
         numbers = [str(number) for number, phase in enumerate(config.phases, start=1) if name in phase]
         if numbers and name != 'model_kwargs':

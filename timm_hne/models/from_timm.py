@@ -6,6 +6,7 @@ import copy
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from typing import Any
 
 import timm
@@ -209,10 +210,9 @@ class HNEFromTimm(ReplicatedEnsemble):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that an optimizer must not decay: those of the base."""
-        return {
-            name for name, _ in self.named_parameters()
-            if name.split('.', 3 if name.startswith('blocks.') else 2)[-1] in self._no_weight_decay
-        }
+        names = {  # those in the base, by ours
+            name: name.split('.', 3 if name.startswith('blocks.') else 2)[-1] for name, _ in self.named_parameters()}
+        return {name for name, own in names.items() if any(fnmatch(own, pattern) for pattern in self._no_weight_decay)}
 
 
 class _ScriptTracer(torch.fx.Tracer):

@@ -148,6 +148,8 @@ def hne_from_timm(
     of_ensemble = pretrained and (published or any(overlay.get(key) for key in SOURCES))
     if of_ensemble:
         kwargs['init'] = 'copy'  # all weights are replaced
+    if 'grow_noise' in kwargs:  # as the other models call it
+        kwargs['noise'] = kwargs.pop('grow_noise')
     create = functools.partial(
         from_name, base_pretrained=pretrained and not of_ensemble, cache_dir=None if of_ensemble else cache_dir)
     if features_only:

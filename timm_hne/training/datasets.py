@@ -38,6 +38,9 @@ class UnreadableImageError(OSError):
         super().__init__(message.rpartition(f'{__name__}.UnreadableImageError: ')[2].strip())
 
 
+_MOST_UNREADABLE = 1000  # in a row: then it is not the images, but the disk
+
+
 class ImageSubset(Dataset):
     """Chosen images of a data set, with a stated behaviour on unreadable ones.
 
@@ -67,7 +70,7 @@ class ImageSubset(Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int):
-        for offset in range(len(self)):
+        for offset in range(min(len(self), _MOST_UNREADABLE)):
             found = (position + offset) % len(self)
             try:
                 image, target = self._read(found)
@@ -80,6 +83,9 @@ class ImageSubset(Dataset):
             if offset and not self.training:
                 target = -1
             return image if self.transform is None else self.transform(image), target
+        if len(self) > _MOST_UNREADABLE:
+            raise UnreadableImageError(
+                f'cannot read {_MOST_UNREADABLE} images in a row, the last of them {self.filename(found)}.')
         raise UnreadableImageError(f'cannot read any of the {len(self)} images.')
 
     def _read(self, position: int):

@@ -31,7 +31,7 @@ class EpochLosses:
         Raises:
             NonFiniteLossError: One was infinite or not a number.
         """
-        values = torch.stack([losses for losses, _, _ in self.unread]).double().cpu()
+        values = torch.stack([losses for losses, _, _ in self.unread]).cpu().double()
         for losses, (_, step, lr) in zip(values, self.unread):
             if not losses.isfinite().all():
                 bad = ', '.join(f'{name} = {value}' for name, value in zip(self.names, losses.tolist())

@@ -170,6 +170,9 @@ class TrainConfig:
         if self.pretrained and self.initial_checkpoint:
             raise ValueError(
                 f'only one of pretrained and initial_checkpoint may be given, got {self.initial_checkpoint!r}.')
+        for name, nothing in (('color_jitter', (0,)), ('crop_pct', (None, 1))):
+            if self.in_memory and getattr(self, name) not in nothing:
+                raise ValueError(f'{name} does nothing to images that are in_memory, got {getattr(self, name)}.')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f'batch_size must be even for mixup and cutmix, got {self.batch_size}.')
         if self.phases:

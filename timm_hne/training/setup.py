@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 from torch.utils.data import Dataset, IterableDataset
 
 from ..models.ensemble import HierarchicalEnsemble
-from ..models.weights import load_grown
+from ..models.weights import NOISE, load_grown
 from .checkpoint import RunCheckpoint
 from .datasets import create_datasets
 from .recipe import TrainConfig, image_preparation
@@ -120,6 +120,8 @@ def _create_model(config: TrainConfig, num_classes: int, **kwargs) -> nn.Module:
     overlay = {name: getattr(config, name) for name in ('mean', 'std') if getattr(config, name) is not None}
     if config.img_size is not None:  # which decides the sizes of some bases
         overlay['input_size'] = (config.in_chans, config.img_size, config.img_size)
+    if kwargs.get('pretrained') and config.grow_noise != NOISE:
+        kwargs['grow_noise'] = config.grow_noise
     return create_model(
         config.model,
         num_classes=num_classes,

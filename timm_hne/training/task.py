@@ -101,6 +101,12 @@ class HNETask(ClassificationTask):
         # timm's train.py names the device even if it is the CPU, which DDP refuses.
         return super().prepare_distributed(None if self.device.type == 'cpu' else device_ids, **ddp_kwargs)
 
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """Return the parameters whose gradients are clipped, without the classifiers of all members if asked for."""
+        model = unwrap_model(self.get_trainable_module()).model
+        names = tuple(f'{name}.' for name in model.classifier_names) if exclude_head else ()
+        return [parameter for name, parameter in model.named_parameters() if not name.startswith(names)]
+
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         """Return the ensemble, compiled if the task is, for validation and checkpoints."""
         resolved = super().get_eval_model(module=module, ema=ema)

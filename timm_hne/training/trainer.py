@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,6 +102,15 @@ def train(config: TrainConfig, keep_memory: bool = False) -> TrainResult:
             dist.destroy_process_group()
 
 
+def _check_same(what: str, value: Any, world_size: int) -> None:
+    """Raise a RuntimeError unless all processes, which would train apart, have the same value."""
+    if world_size > 1:
+        values = [None] * world_size
+        dist.all_gather_object(values, value)
+        if any(other != values[0] for other in values):
+            raise RuntimeError(f'{what} must be the same for all processes, they have {values}.')
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of an output folder. The system ends this with the process, however that ends."""
@@ -118,6 +128,8 @@ def _train_phases(
         config: TrainConfig, device: torch.device, rank: int, world_size: int, closing: ExitStack) -> TrainResult:
     """Train the phases of a run, each from the weights that the one before it has left."""
     checkpoint = RunCheckpoint.newest(Path(config.output_dir), config.resume)
+    last = None if checkpoint is None else checkpoint.epoch
+    _check_same(f'the last epoch in output_dir {config.output_dir}', last, world_size)
     random_seed(config.seed)
     waits = config.download and world_size > 1  # for the first process to fetch the files
     if waits and rank:
@@ -194,6 +206,7 @@ class _Phase:
             verbose=rank == 0,
         )
         self.optimizer = create_optimizer(self.task.get_trainable_module(), config)
+        self.second_order = getattr(self.optimizer, 'is_second_order', False)
         self.scaler = NativeScaler(device.type) if config.amp and config.amp_dtype == 'float16' else None
 
         self.start_epoch = start
@@ -215,6 +228,7 @@ class _Phase:
         self.train_loader, self.val_loader = (
             create_image_loader(dataset, config, training, resize, device, rank, world_size)
             for dataset, training in ((train_set, True), (val_set, False)))
+        _check_same('the number of batches that can be read', len(self.train_loader), world_size)
         self.updates_per_epoch = len(self.train_loader) // config.grad_accum_steps
         if not self.updates_per_epoch:
             raise ValueError(
@@ -301,6 +315,8 @@ class _Phase:
                 elapsed = time.perf_counter() - started
                 speed = (update + 1) * config.grad_accum_steps * config.batch_size * self.world_size / elapsed
                 bar.set_postfix_str(f'loss {mean["loss"]:.4g}, {speed:.0f} images/s')
+        if hasattr(self.optimizer, 'sync_lookahead'):
+            self.optimizer.sync_lookahead()
         return {**mean, 'images_per_second': speed}
 
     def _backward(self, images, target, update: bool, losses: EpochLosses, step: int) -> None:
@@ -317,9 +333,11 @@ class _Phase:
             loss = output['loss'] / config.grad_accum_steps
             parameters = self.task.get_clip_parameters()
             if self.scaler is not None:
-                self.scaler(loss, self.optimizer, config.clip_grad, parameters=parameters, need_update=update)
+                self.scaler(
+                    loss, self.optimizer, config.clip_grad, parameters=parameters, create_graph=self.second_order,
+                    need_update=update)
             else:
-                loss.backward()
+                loss.backward(create_graph=self.second_order)
                 if update:
                     if config.clip_grad is not None:
                         nn.utils.clip_grad_norm_(parameters, config.clip_grad)
