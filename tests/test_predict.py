@@ -2,6 +2,7 @@
 import argparse
 import itertools
 import json
+import os
 import re
 import weakref
 from pathlib import Path
@@ -147,8 +148,23 @@ def test_named_images_are_not_in_memory_all_at_once(tmp_path):
         return tensor
 
     files = [str(tmp_path / f'{i}.png') for i in range(9)]
+    for file in files:
+        Path(file).touch()
     for number, (path, _) in enumerate(load_images(files, SimpleNamespace(image=open_image))):
         assert path == files[number] and len(alive) <= 2
+
+
+@pytest.mark.skipif(not Path('/dev/fd').exists(), reason='no /dev/fd')
+def test_an_image_through_a_pipe(folder, image, capsys):
+    read, write = os.pipe()
+    try:
+        os.write(write, image.read_bytes())  # a few kilobytes, which a pipe holds
+        os.close(write)
+        main(['predict', str(image), f'/dev/fd/{read}', '--model', f'local-dir:{folder}', '--top-k', '1'])
+    finally:
+        os.close(read)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[1] == lines[3] and lines[2].startswith(f'/dev/fd/{read}: ')
 
 
 def test_folders_of_images(folder, model, image, tmp_path, capsys):

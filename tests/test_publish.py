@@ -678,6 +678,7 @@ def test_command_knows_the_classes_of_the_training_data(alice, model, run_folder
 def test_the_size_of_the_images_is_the_one_that_was_measured(alice, quick, model, run_folder):
     results = json.loads((run_folder / 'evaluation.json').read_text())
     (run_folder / 'evaluation.json').write_text(json.dumps({**results, 'input_size': [3, 48, 48]}))
+    save_checkpoint(run_folder / 'last.pth.tar', model, img_size=32)
     command(run_folder / 'last.pth.tar', '--repo-id', 'alice/net', '--dry-run')
     loaded = timm.create_model('local-dir:net', pretrained=True)
     assert loaded.pretrained_cfg['input_size'] == (3, 48, 48) and '3 x 48 x 48' in Path('net/README.md').read_text()

@@ -72,9 +72,9 @@ def test_policy_learns_that_the_machine_became_slower_and_faster_again():
 def test_an_idle_machine_counts_as_fast_as_it_was_measured():
     policy = MemberPolicy(0.1, SECONDS)
     policy.record(1, 1, 1000 * SECONDS[1][1])
-    assert not policy.would_be_late(0, 0., 0.05)
-    assert policy.would_be_late(1, 0., 0.05) and policy.would_be_late(0, 0.001, 0.05)
-    assert policy.would_be_late(0, 0., SECONDS[1][1])
+    assert not policy.would_be_late(0, None, 0.05)
+    assert policy.would_be_late(1, None, 0.05) and policy.would_be_late(0, 0., 0.05)  # one runs, and is overdue
+    assert policy.would_be_late(0, None, SECONDS[1][1])
 
 
 def simulate(policy, arrivals, seconds, max_batch_size=8):

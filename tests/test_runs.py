@@ -77,6 +77,16 @@ def test_processes_that_have_other_checkpoints_do_not_train_apart(options, monke
         trainer._train_phases(config, torch.device('cpu'), 0, 2, ExitStack())
 
 
+def test_processes_that_cannot_read_other_images_do_not_train_apart(options, monkeypatch):  # noqa: F811
+    def gather(values, value):
+        values[:] = [value, [7]] if value == [] else [value] * 2
+
+    monkeypatch.setattr(trainer, 'dist', SimpleNamespace(all_gather_object=gather))
+    monkeypatch.setattr(trainer.HNETask, 'prepare_distributed', lambda task, **kwargs: task)
+    with pytest.raises(RuntimeError, match=r'unreadable images.*\[\[\], \[7\]\]'):
+        trainer._train_phases(TrainConfig(**options), torch.device('cpu'), 0, 2, ExitStack())
+
+
 @pytest.mark.parametrize('opt', ['lookahead_sgd', 'adahessian'])
 def test_optimizers_that_want_more_than_gradients(options, opt, monkeypatch):  # noqa: F811
     synced, sync = [], Lookahead.sync_lookahead

@@ -284,8 +284,9 @@ def test_export_folder_refuses(model, tmp_path):
 
 def test_grey_images_need_their_own_mean(tmp_path):
     model = timm.create_model('hne_resnet50_c8', in_chans=1, nodes=(1,) * 5).eval()
-    with pytest.raises(ValueError, match=r'mean must have 1 value\(s\)'):
-        export_folder(model, tmp_path / 'folder', (1, 8, 8))
+    for mean in (None, (0.1, 0.2, 0.3)):
+        with pytest.raises(ValueError, match=r'mean must have 1 value\(s\)'):
+            export_folder(model, tmp_path / 'folder', (1, 8, 8), data_config={'mean': mean})
     manifest = export_folder(model, tmp_path / 'folder', (1, 8, 8), data_config={'mean': [0.5], 'std': [0.2]})
     assert (*manifest['image']['mean'], *manifest['image']['std']) == (0.5, 0.2)
 
@@ -375,6 +376,14 @@ def test_command(tmp_path, capsys, shallow):
     assert network.manifest['latency']['latency_ms'] == {'1': {'1': 2.5}}
     x = images(2, 16)
     assert_like(network.predict(x.numpy()), model(x))
+
+
+def test_a_latency_table_of_more_members_is_still_that_of_the_model(tmp_path):
+    model = timm.create_model('hne_resnet50_c8', width=4, nodes=(1, 1, 1, 1, 2), num_classes=3).eval()
+    table = LatencyTable('HNEResNet', 'onnxruntime', model.nodes, (3, 8, 8), 'float32', {'device': 'cpu'},
+                         member_macs(model, 8), {1: {1: 2.5, 2: 3.5}})
+    manifest = export_folder(model.extract(1), tmp_path / 'folder', (3, 8, 8), latency=table)
+    assert manifest['latency']['macs'] == table.macs
 
 
 def test_command_with_the_first_members_only(tmp_path, capsys, shallow):

@@ -251,6 +251,10 @@ def test_a_deadline_that_cannot_be_kept(serve):
     assert refused(client.post('/predict?deadline_ms=1e-321', content=encode(noise())), 503, 'deadline=')
     assert client.post('/predict?deadline_ms=50000', content=encode(noise())).status_code == 200
     assert metrics(client)['hne_rejected_total{reason="deadline"}'] == 2
+    # Nor one that only decoding makes too short, if no other image is being decoded.
+    client.runner.policy.seconds = {n: {size: 1e-4 for size in (1, 2, 4)} for n in (1, 2, 4)}
+    short = client.post('/predict?deadline_ms=0.2', content=encode(noise()))
+    assert refused(short, 503, 'deadline=0.0002') and 'retry-after' not in short.headers
 
 
 def test_a_late_request_is_answered_if_nobody_waits(serve):

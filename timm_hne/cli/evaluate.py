@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> None:
         'weights_sha256': state_digest(model.state_dict()),
         'data': args.data_name or (data.name.rpartition('/')[2] or Path(data.root).resolve().name).lower(),
         'split': data.split,
-        'input_size': list(data_config['input_size']),
+        'input_size': [model.in_chans, *data_config['input_size'][1:]],
         'num_images': measured['num_images'],
         'objective': objective,
         'alpha': config.get('alpha', config.get('hne_alpha')) if distilled else None,

@@ -29,10 +29,14 @@ def load_images(paths: Sequence[str], classifier: Classifier) -> Iterator[tuple[
     """
     folders = [Path(path) for path in paths if Path(path).is_dir()]
     found = {folder: find_images(folder) for folder in folders}
-    files = [path for path in paths if Path(path) not in found]
-    for path in files:  # all of them at once would need the memory
-        classifier.image(path)
-    yield from ((path, classifier.image(path)) for path in files)
+    named = [path for path in paths if Path(path) not in found]
+    once = {path: classifier.image(path) for path in named if not Path(path).is_file()}  # what comes through a pipe
+    if len(named) > 1:  # read again later: all at once would need the memory
+        for path in named:
+            if path not in once:
+                classifier.image(path)
+    for path in named:
+        yield path, once[path] if path in once else classifier.image(path)
     for file in (file for files in found.values() for file in files):
         try:
             image = classifier.image(file)

@@ -85,7 +85,7 @@ def write_folder(
         raise ValueError(f'recipe must hold plain values only: {error}') from error
     rows = _check_results(results, model)
     if 'input_size' in results:  # what is published is what was measured
-        data_config = {**(data_config or {}), 'input_size': tuple(results['input_size'])}
+        data_config = {**(data_config or {}), 'img_size': None, 'input_size': tuple(results['input_size'])}
     # safetensors stores no tensors in the order of channels_last.
     stored = copy.deepcopy(model).to('cpu', DTYPES[dtype], memory_format=torch.contiguous_format)
     bad = [name for name, tensor in stored.state_dict().items() if not torch.isfinite(tensor).all()]

@@ -72,7 +72,7 @@ def export_folder(
     if exit_point is not None:
         validate_criterion(criterion, exit_point.threshold, model.num_classes)
     macs = member_macs(model, tuple(input_size[1:]))
-    if latency is not None and not latency.macs.items() <= macs.items():
+    if latency is not None and any(count != macs[n] for n, count in latency.macs.items() if n in macs):
         raise ValueError(
             f'latency must be of this model and image size, got the table of {latency.model} with images of '
             f'{latency.input_size}, whose numbers of members cost {latency.macs} MACs.')
@@ -144,7 +144,8 @@ def _image(model, input_size: Sequence[int], data_config: Mapping[str, Any] | No
     channels, height, width = input_size
     cfg = getattr(model, 'pretrained_cfg', None)
     known = {**(data_config or {})}
-    if cfg:
+    given = [key for key in ('mean', 'std') if known.get(key) is not None and len(known[key]) > 1]  # one is for all
+    if cfg and all(len(known[key]) == channels for key in given):
         known = resolve_data_config({**known, 'in_chans': channels}, model=model)
     image = {key: known[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode') if key in known}
     for key, default in (('mean', 0.), ('std', 1.)):

@@ -74,7 +74,7 @@ class MemberPolicy:
         """
         return _MARGIN * (self.latency_target - left)
 
-    def would_be_late(self, waiting: int, busy: float, left: float | None = None) -> bool:
+    def would_be_late(self, waiting: int, busy: float | None, left: float | None = None) -> bool:
         """Whether a new request would be answered too late even if all got the fewest members from now on.
 
         Where nothing runs or waits, the machine counts as fast as it was measured: that it was slow once, nobody would
@@ -82,13 +82,13 @@ class MemberPolicy:
 
         Args:
             waiting: Number of requests before it.
-            busy: Seconds until the batch that is being computed is done.
+            busy: Seconds until the batch that is being computed is done, None if there is none.
             left: Seconds that it may take from now on; the target if None.
         """
         fewest, largest = self.schedule[0], self.batch_sizes[-1]
         full, rest = divmod(waiting, largest)
-        seconds = busy + full * self.expected(fewest, largest) + self.expected(fewest, rest + 1)
-        if not waiting and not busy:
+        seconds = (busy or 0.) + full * self.expected(fewest, largest) + self.expected(fewest, rest + 1)
+        if not waiting and busy is None:
             seconds = self.measured(fewest, 1)
         return seconds > _MARGIN * (self.latency_target if left is None else left)
 

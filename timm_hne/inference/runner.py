@@ -258,7 +258,7 @@ class AdaptiveRunner:
             refusal = self._refusal(now, deadline, left)
             if refusal is not None:
                 self.stats.rejected += 1
-                alone = deadline is not None and self.policy.would_be_late(0, 0., deadline)
+                alone = deadline is not None and self.policy.would_be_late(0, None, left)
                 raise DeadlineTooShort(refusal) if alone else Overloaded(refusal)
             request = Request(image, now - self.policy.head_start(left), num_members, threshold)
             self._queue.append(request)
@@ -272,7 +272,7 @@ class AdaptiveRunner:
             return f'max_queue={self.max_queue} requests are waiting; the request was rejected.'
         if deadline is None and (self.max_queue is not None or (not waiting and self._busy_until is None)):
             return None  # either nothing else was asked for, or nobody could be faster
-        busy = 0. if self._busy_until is None else max(0., self._busy_until - now)
+        busy = None if self._busy_until is None else max(0., self._busy_until - now)
         if not self.policy.would_be_late(waiting, busy, left):
             return None
         limit = f'latency_target={self.policy.latency_target:.3g}' if deadline is None else f'deadline={deadline:.3g}'
@@ -377,6 +377,7 @@ class AdaptiveRunner:
                 logits, used = self._exit_early(images, num_members, requests)
             duration = _clock() - begin
             if not plain:  # images that left early do not make the machine faster than it was measured
+                num_members = next(n for n in self.schedule if n >= max(used))
                 duration = max(duration, self.policy.measured(num_members, len(requests)))
             self.policy.record(num_members, len(requests), duration)
         except BaseException as error:  # whatever it is, these clients must not wait for ever

@@ -118,6 +118,9 @@ class Application:
                 415, 'the body must be the bytes of the image itself, not a form; curl has --data-binary for that.',
                 'form')
         top_k, target = options.pop('top_k'), options['deadline'] or self.runner.policy.latency_target
+        if options['deadline'] is not None and self.runner.policy.would_be_late(0, None, target):
+            raise Refused(503, f'deadline={target:.3g} s is too short for any number of members.', 'deadline')
+        queued = self._decoders.locked()
         image = await self._decode(await request.body(), begin + target)
         try:
             future = self.runner.submit(image, age=time.perf_counter() - begin, **options)
@@ -125,7 +128,7 @@ class Application:
             # If the client goes away, so does its request, unless it is being computed.
             logits, num_members = await asyncio.wrap_future(future)
         except DeadlineTooShort as error:
-            raise Refused(503, str(error), 'deadline') from error
+            raise Refused(503, str(error), 'overloaded' if queued else 'deadline') from error
         except Overloaded as error:
             raise Refused(503, str(error), 'overloaded') from error
         except ShutDown as error:

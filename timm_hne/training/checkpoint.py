@@ -122,8 +122,8 @@ class RunCheckpoint:
             args = dict(args if isinstance(args, Mapping) else vars(args))
         except Exception as error:  # whatever PyTorch makes of damaged files
             raise ValueError(f'{argument} {path} cannot be read: {error}') from error
-        if args.get('in_memory'):  # older versions wrote the model's own crop_pct, which was not applied
-            args['crop_pct'] = image_preparation(True, args.get('crop_pct'))['crop_pct']
+        if args.get('in_memory'):  # older versions wrote what was not applied
+            args |= {'color_jitter': 0., 'crop_pct': image_preparation(True, args.get('crop_pct'))['crop_pct']}
         return cls(path, argument, content.get('arch'), content.get('epoch'), args)
 
     def _check_sums(self) -> None:

@@ -228,7 +228,9 @@ class _Phase:
         self.train_loader, self.val_loader = (
             create_image_loader(dataset, config, training, resize, device, rank, world_size)
             for dataset, training in ((train_set, True), (val_set, False)))
-        _check_same('the number of batches that can be read', len(self.train_loader), world_size)
+        if config.in_memory:
+            bad = train_set.bad.nonzero().flatten().tolist()
+            _check_same('the unreadable images, by their numbers,', bad, world_size)
         self.updates_per_epoch = len(self.train_loader) // config.grad_accum_steps
         if not self.updates_per_epoch:
             raise ValueError(
