@@ -71,7 +71,7 @@ def test_there_are_models():
 @pytest.mark.parametrize('name, nodes, num_classes, input_size', [
     ('hne_resnet50_c16', (1, 2, 4, 8, 16), 10, (3, 32, 32)),
     ('hne_resnet50_c8', (1, 2, 4, 8, 16), 10, (3, 32, 32)),
-    ('hne_mobilenetv2_075_e8', (1, 2, 4, 8), 200, (3, 80, 80)),
+    ('hne_mobilenetv2_075_e8', (1, 2, 4, 8), 200, (3, 96, 96)),
     ('hne_mobilenetv2_075_e8.hcd_in1k', (1, 2, 4, 8), 1000, (3, 224, 224)),
     ('hne_mobilenetv2_075_e4', (1, 1, 2, 4), 1000, (3, 224, 224)),
 ])

@@ -175,7 +175,7 @@ water tower, wok, wooden spoon, Yorkshire terrier
 
 default_cfgs = generate_default_cfgs({
     'hne_mobilenetv2_075_e8.hcd_tiny_imagenet': _cfg(
-        input_size=(3, 80, 80),
+        input_size=(3, 96, 96),
         num_classes=len(_TINY_IMAGENET),
         pool_size=(3, 3),
         crop_pct=1.0,
