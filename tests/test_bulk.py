@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from test_classifier import encode, model, noise, places  # noqa: F401
+from timm.models import load_state_dict
 
 from timm_hne.__main__ import main
 from timm_hne.serving import Classifier, bulk
@@ -202,11 +203,10 @@ def test_other_weights_under_the_same_name_do_not_continue(folder, tmp_path, pla
     shutil.copytree(places['run'], run)
     with pytest.raises(KeyboardInterrupt):
         predict_folder(folder, output, Bulk(str(run), engine='none', batch_size=4), interrupted)
-    checkpoint = torch.load(run / 'last.pth.tar', weights_only=True)
     before = (run / 'last.pth.tar').read_bytes()
-    name = next(iter(checkpoint['state_dict']))
-    checkpoint['state_dict'][name] += 1
-    torch.save(checkpoint, run / 'last.pth.tar')
+    weights = load_state_dict(str(run / 'last.pth.tar'))
+    weights['classifier.bias'] += 1
+    torch.save({'state_dict': weights, 'arch': 'hne_resnet50_c8', 'epoch': 0}, run / 'last.pth.tar')
     with pytest.raises(ValueError, match='other settings'):
         predict_folder(folder, output, Bulk(str(run), engine='none', batch_size=4))
     (run / 'last.pth.tar').write_bytes(before)
