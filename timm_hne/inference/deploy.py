@@ -143,15 +143,23 @@ def _describe(model: HierarchicalEnsemble) -> dict[str, Any]:
 def _image(model, input_size: Sequence[int], data_config: Mapping[str, Any] | None) -> dict[str, Any]:
     channels, height, width = input_size
     cfg = getattr(model, 'pretrained_cfg', None)
-    known = {**(data_config or {})}
-    given = [key for key in ('mean', 'std') if known.get(key) is not None and len(known[key]) > 1]  # one is for all
-    if cfg and all(len(known[key]) == channels for key in given):
-        known = resolve_data_config({**known, 'in_chans': channels}, model=model)
+    known = _for_channels(data_config or {}, channels)
+    if cfg:
+        known = _for_channels(resolve_data_config({**known, 'in_chans': channels}, model=model), channels)
     image = {key: known[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode') if key in known}
-    for key, default in (('mean', 0.), ('std', 1.)):
-        if len(image.setdefault(key, [default] * channels)) != channels:
-            raise ValueError(f'{key} must have {channels} value(s), as the images have channels, got {image[key]}.')
+    image = {'mean': [0.] * channels, 'std': [1.] * channels, **image}
     return {'channels': channels, 'height': height, 'width': width, **image}
+
+
+def _for_channels(data_config: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """Return what is said of the preparation of images, with a mean and a deviation for every channel."""
+    known = {key: value for key, value in data_config.items() if value is not None}
+    for key in known.keys() & {'mean', 'std'}:
+        if len(known[key]) == 1:  # for all, as timm has it
+            known[key] = [*known[key]] * channels
+        if len(known[key]) != channels:
+            raise ValueError(f'{key} must have {channels} value(s), as the images have channels, got {known[key]}.')
+    return known
 
 
 def _write_programs(folder: Path, programs: Sequence[tuple[int, int, Program]]) -> list[dict[str, Any]]:

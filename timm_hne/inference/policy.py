@@ -87,9 +87,10 @@ class MemberPolicy:
         """
         fewest, largest = self.schedule[0], self.batch_sizes[-1]
         full, rest = divmod(waiting, largest)
-        seconds = (busy or 0.) + full * self.expected(fewest, largest) + self.expected(fewest, rest + 1)
         if not waiting and busy is None:
             seconds = self.measured(fewest, 1)
+        else:
+            seconds = (busy or 0.) + full * self.expected(fewest, largest) + self.expected(fewest, rest + 1)
         return seconds > _MARGIN * (self.latency_target if left is None else left)
 
     def record(self, num_members: int, batch_size: int, duration: float) -> None:

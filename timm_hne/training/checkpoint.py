@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import load_state_dict
+from safetensors.torch import load
+from timm.models import clean_state_dict, load_state_dict
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, NativeScaler, load_checkpoint_metadata
 
@@ -60,7 +61,7 @@ class RunCheckpoint:
 
     @classmethod
     def read(cls, path: str | os.PathLike, argument: str = 'checkpoint') -> 'RunCheckpoint':
-        """Read all but the tensors of a PyTorch or safetensors file, and check that the file is undamaged.
+        """Read all but the tensors of a PyTorch or safetensors file, and check that the former is undamaged.
 
         Args:
             path: The file.
@@ -69,13 +70,11 @@ class RunCheckpoint:
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: The file is no checkpoint, or is damaged.
-            DigestError: The file is not the one that a `SHA256SUMS` beside it records.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f'{argument} does not exist: {path}')
         if path.suffix == '.safetensors':
-            read_folder(path.parent, (path.name,))
             return cls(path, argument)
         checkpoint = cls._read_metadata(path, argument)
         checkpoint._check_sums()
@@ -184,9 +183,12 @@ class RunCheckpoint:
 
         Raises:
             ValueError: The file holds no weights.
+            DigestError: The file is not the one that a `SHA256SUMS` beside it records.
         """
+        safe = self.path.suffix == '.safetensors'
+        data = read_folder(self.path.parent, (self.path.name,))[self.path.name] if safe else None
         try:
-            weights = load_state_dict(str(self.path))
+            weights = clean_state_dict(load(data)) if safe else load_state_dict(str(self.path))
             if not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
                 raise TypeError('it holds other things than tensors')
         except Exception as error:  # whatever the readers of two formats make of junk

@@ -29,6 +29,9 @@ _KINDS = {
 }
 
 
+_MOST_UNREADABLE = 1000  # in a row: then it is not the images, but the disk
+
+
 class UnreadableImageError(OSError):
     """An image of a data set cannot be read; the message names it."""
 
@@ -36,9 +39,6 @@ class UnreadableImageError(OSError):
         # What a worker process of a loader raises, PyTorch raises again with the worker's whole traceback as its
         # message. The message proper is what stands behind the name of this class at the end of it.
         super().__init__(message.rpartition(f'{__name__}.UnreadableImageError: ')[2].strip())
-
-
-_MOST_UNREADABLE = 1000  # in a row: then it is not the images, but the disk
 
 
 class ImageSubset(Dataset):
