@@ -1,5 +1,6 @@
 """Processes that train together."""
 import multiprocessing
+import socket
 
 import torch.multiprocessing
 
@@ -11,3 +12,10 @@ def start_processes(function, *args):
     """
     multiprocessing.set_forkserver_preload(['timm_hne.training', function.__module__])
     torch.multiprocessing.start_processes(function, args, nprocs=2, start_method='forkserver')
+
+
+def free_port() -> str:
+    """Return a port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return str(free.getsockname()[1])

@@ -3,8 +3,10 @@ import argparse
 import io
 import json
 import shutil
+import struct
 import threading
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -273,6 +275,36 @@ def test_a_model_whose_images_it_cannot_make_is_refused(in_chans, cfg):
         Classifier(model, {})
 
 
+def tiff(pixels, bits=8, photometric=1, compression=1, tile=None):
+    """A grey TIFF file of 8x8 pixels."""
+    tags = {256: 8, 257: 8, 258: bits, 259: compression, 262: photometric, 277: 1}
+    layout = {273: None, 278: 8, 279: len(pixels)} if tile is None else {
+        322: tile[0], 323: tile[1], 324: None, 325: len(pixels)}
+    tags = sorted({**tags, **layout}.items())
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries = b''.join(struct.pack('<HHII', tag, 4, 1, start if value is None else value) for tag, value in tags)
+    return b'II*\0' + struct.pack('<IH', 8, len(tags)) + entries + bytes(4) + pixels
+
+
+@pytest.mark.parametrize('bits, photometric, byte, expected', [
+    (8, 1, 255, 255), (12, 1, 255, 255), (16, 1, 255, 255), (8, 0, 255, 0), (16, 0, 255, 0),
+    (16, 1, 0, 0), (16, 0, 0, 255),
+])
+def test_grey_tiff_files_of_many_bits(classifier, bits, photometric, byte, expected):
+    data = tiff(bytes([byte]) * (8 * bits), bits, photometric)
+    white = Image.new('RGB', (8, 8), (expected,) * 3)
+    assert torch.equal(classifier.image(data), classifier.image(white))
+    with Image.open(io.BytesIO(data)) as image:
+        assert torch.equal(classifier.image(image), classifier.image(white))
+
+
+def test_tiles_that_are_larger_than_their_image_count(classifier):
+    for tile, error in (((16, 16), None), ((16, 6_250_000), ImageError), ((16, 0), ImageError)):
+        data = tiff(bytes(256), compression=1 if error is None else 8, tile=tile)
+        with nullcontext() if error is None else pytest.raises(error, match=r'16x6250000 pixels|damaged'):
+            assert classifier.image(data).shape == (3, 32, 32)
+
+
 END = bytes(4) + b'IEND'  # begins the last chunk of a PNG
 BROKEN = {
     'empty': b'',
@@ -284,6 +316,7 @@ BROKEN = {
     'truncated GIF': encode(noise(), 'GIF')[:400],
     'truncated WebP': encode(noise(), 'WEBP')[:500],
     'PostScript': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n',
+    'a TIFF that Pillow trips over': tiff(bytes(64), compression=2),
     'floating point': encode(Image.new('F', (4, 4)), 'TIFF'),
     'empty profile': encode(noise()).replace(END, b'\0\0\0\0iCCP' + zlib.crc32(b'iCCP').to_bytes(4, 'big') + END),
 }

@@ -175,6 +175,7 @@ def test_calibrate_for_macs(held_out, criterion):
     point = calibrate_threshold(*held_out, criterion, target_macs=18.)
     others = [p for p in exit_curve(*held_out, criterion, max_points=2000) if p.macs <= 18.]
     assert point.macs <= 18. and point.accuracy == max(p.accuracy for p in others)
+    assert point.macs == min(p.macs for p in others if p.accuracy == point.accuracy)
 
 
 @pytest.mark.parametrize('criterion', CRITERIA)
@@ -185,6 +186,11 @@ def test_calibrate_for_accuracy(held_out, criterion):
     others = [p for p in exit_curve(*held_out, criterion, max_points=2000) if p.accuracy >= full - 0.02]
     assert point.accuracy >= full - 0.02 and point.macs == min(p.macs for p in others)
     assert point.macs < 24.
+    # The loss is against the last n of the schedule.
+    full_of_2 = (member_logits[:, :2].mean(dim=1).argmax(dim=1) == target).double().mean().item()
+    assert full_of_2 < full - 0.05
+    point = calibrate_threshold(*held_out, criterion, schedule=(1, 2), max_accuracy_loss=0.)
+    assert full_of_2 <= point.accuracy and point.macs <= 14.
 
 
 @pytest.mark.parametrize('kwargs, error, words', [

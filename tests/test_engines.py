@@ -2,7 +2,9 @@
 import copy
 import importlib.util
 import logging
+import os
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from test_early_exit import undecided
 from test_inference import images, small_mobilenet, small_resnet
 from test_optimize import assert_like
+from timm.layers import Conv2dSame
 from tiny import tiny_ensemble
 
 from timm_hne import AdaptiveRunner, LatencyTable, early_exit, optimize_for_inference
@@ -91,11 +94,26 @@ def test_a_network_for_one_size_is_exported_for_each():
         assert_like(fast(images(2, size)), model(images(2, size)))
 
 
+def test_padding_that_depends_on_the_size_is_exported_for_one_size(monkeypatch):
+    """For any size the exporter would take hours."""
+    model, tried = tiny_ensemble((1, 1), 'replicated'), []
+    model.blocks[0][0].append(Conv2dSame(4, 4, 3, 2))
+
+    def write(model, start, stop, image_size, free):
+        tried.append(free)
+        raise RuntimeError('stop')
+
+    monkeypatch.setattr(programs, '_write', write)
+    with pytest.raises(RuntimeError, match='stop'):
+        programs.make_program(model, 0, 1, (8, 8))
+    assert tried == [False]
+
+
 def test_each_weight_is_in_one_step():
     model = folded(tiny_ensemble((1, 2, 4), channels=16))  # whose programs the tests of quantisation read too
     store = programs.ProgramStore(model)
     sizes = [len(store.get(start, stop, (8, 8)).data) for start, stop in ((0, 1), (1, 2), (2, 4), (0, 4))]
-    graphs = 25_000  # what a graph takes without its weights, at most
+    graphs = 15_000  # what a graph takes without its weights, at most; all weights would be twice 12,624 bytes more
     assert sum(sizes[:3]) < sizes[3] + 3 * graphs
 
 
@@ -246,6 +264,20 @@ def test_programs_are_kept_and_read_again(cache, made):
     assert_like(optimize_for_inference(model, engine='onnxruntime')(x, 1), model(x, num_members=1))
     assert made == [(0, 1), (1, 2), (0, 1)]
     assert len(list(cache.iterdir())) == 2
+
+
+def test_programs_that_nobody_used_for_a_month_are_removed(cache, made):
+    model, x = tiny_ensemble((1, 2)), images()
+    optimize_for_inference(model, engine='onnxruntime')(x)
+    used, = cache.iterdir()
+    old, recent, other = cache / ('0' * 32), cache / ('1' * 32), cache / 'other'
+    for folder, days in ((old, 31), (recent, 29), (other, 31), (used, 31)):
+        folder.mkdir(exist_ok=True)
+        (folder / '0-1.onnx').touch()
+        os.utime(folder, (time.time() - 86400 * days,) * 2)
+    optimize_for_inference(model, engine='onnxruntime')(x)
+    assert {*cache.iterdir()} == {used, recent, other} and made == [(0, 1), (1, 2)]
+    assert used.stat().st_mtime > time.time() - 86400
 
 
 def test_what_a_base_keeps_to_itself_tells_programs_apart(cache, made):

@@ -16,12 +16,13 @@ import torch.nn as nn
 from test_cut import FAMILIES, REFUSED, create, names
 from test_hub import results_of
 from test_trainer import make_images
-from timm.models import _registry, get_pretrained_cfg, group_parameters
+from timm.models import _registry, get_pretrained_cfg, group_parameters, resolve_model_input_args, save_for_hf
 
 import timm_hne
 from timm_hne.__main__ import main
 from timm_hne.evaluation.cost import member_macs
 from timm_hne.models.from_timm import default_nodes
+from timm_hne.models.weights import read_sizes
 from timm_hne.pretrained import state_digest
 from timm_hne.training.checkpoint import RunCheckpoint, load_checkpoint
 from timm_hne.tree import node_span
@@ -278,7 +279,8 @@ def test_noise_is_relative_to_each_tensor():
     for name, tensor in first.items():
         if name.endswith('conv1.weight'):
             assert (second[name] - tensor).std() / tensor.square().mean().sqrt() == pytest.approx(0.25, rel=0.1)
-    assert timm_hne.hierarchize(model, (1, 1, 1, 1, 2), noise=0).blocks[4][1].state_dict().keys() == first.keys()
+    without = timm_hne.hierarchize(model, (1, 1, 1, 1, 2), noise=0).blocks[4][1].state_dict()
+    assert without.keys() == first.keys() and all(torch.equal(without[name], first[name]) for name in first)
 
 
 @pytest.mark.parametrize('nodes', [(1, 1, 2, 4, 8), (1, 1, 1, 4, 4), (3, 3, 3, 3, 3), (1, 2, 6, 6, 12)])
@@ -729,6 +731,129 @@ def test_an_instance_is_published_with_the_arguments_of_its_base(tmp_path):
     assert loaded.taps == ensemble.taps
 
 
+def saved(model, folder):
+    """Return what timm makes of a model that its own function has saved."""
+    save_for_hf(model, folder, safe_serialization=True)
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+
+
+def assert_same_weights(model, other):
+    state = model.state_dict()
+    assert state.keys() == other.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(base='vgg11', base_args=dict(mlp_ratio=0.05), ensemble_size=2),
+    dict(base='test_resnet', taps=('act1', 'maxpool', 'layer2', 'layer4'), nodes=(1, 1, 2, 4)),
+])
+def test_blocks_that_have_no_weights(kwargs, tmp_path):
+    """As those that end with a pooling; of a VGG the last one does."""
+    model = timm.create_model(NAME, num_classes=10, **kwargs)
+    assert not all(block.state_dict() for block in model.blocks)
+    assert_same_weights(saved(model, tmp_path / 'net'), model)
+    file = tmp_path / 'weights.safetensors'
+    safetensors.torch.save_file(model.state_dict(), file)
+    overlay = dict(file=str(file))
+    assert_same_weights(
+        timm.create_model(NAME, pretrained=True, num_classes=10, pretrained_cfg_overlay=overlay, **kwargs), model)
+    unknown = {key: value for key, value in kwargs.items() if key not in ('nodes', 'ensemble_size')}
+    found = RunCheckpoint.read(file).create_model(NAME, **unknown)
+    assert_same_weights(found, model)
+    assert found.nodes[-1] == model.nodes[-1]
+    config = json.loads((tmp_path / 'net' / 'config.json').read_text())
+    config['model_args']['nodes'] = [*model.nodes[:-1], 2 ** 20]
+    (tmp_path / 'net' / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='nodes is'):
+        timm.create_model(f'local-dir:{tmp_path / "net"}', pretrained=True)
+
+
+def test_a_cfg_that_timms_scripts_have_changed(tmp_path):
+    """As `train.py --pretrained-path` does."""
+    base = make_base('test_resnet')
+    safetensors.torch.save_file(base.state_dict(), tmp_path / 'base.safetensors')
+    kwargs = dict(base='test_resnet', nodes=(1, 1, 1, 2, 4), pretrained=True, num_classes=base.num_classes,
+                  pretrained_cfg_overlay=dict(file=str(tmp_path / 'base.safetensors'), num_classes=-1))
+    changed = timm.create_model(**resolve_model_input_args(NAME, {}, **kwargs))
+    assert changed.pretrained_cfg == timm.create_model(NAME, **kwargs).pretrained_cfg
+    small = dict(num_classes=7, input_size=(1, 64, 64), mean=(0.,), std=(1.,))
+    model = timm.create_model(NAME, base='test_resnet', pretrained_cfg=small)
+    assert (model.num_classes, model.in_chans, model.pretrained_cfg['mean']) == (7, 1, (0.,))
+
+
+def test_a_base_with_rotary_embeddings_is_pickled():
+    base = timm.create_model('vit_tiny_patch16_dinov3_qkvb', depth=2, img_size=32, num_classes=3)
+    ensemble = timm_hne.hierarchize(base, (1, 2), taps=('blocks.0', 'blocks.1')).eval()
+    x = torch.randn(2, 3, 32, 32)
+    twice = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(ensemble))))
+    torch.testing.assert_close(twice(x), ensemble(x))
+
+
+@pytest.mark.parametrize('before, after', [(None, 'max'), ('max', 'avg'), (None, 'catavgmax')])
+def test_a_pooling_that_was_changed_is_published(before, after, tmp_path):
+    kwargs = {} if before is None else dict(global_pool=before)
+    model = by_name('test_resnet', **kwargs)
+    model.reset_classifier(10, after)
+    naive.randomize(model).eval()
+    x = images(model)
+    loaded = saved(model, tmp_path / 'net')
+    torch.testing.assert_close(loaded(x), model(x))
+    name = f'local-dir:{tmp_path / "net"}'
+    features = timm.create_model(name, pretrained=True, num_classes=0, global_pool='').eval()
+    torch.testing.assert_close(features(x), model.forward_features(x))
+    features.reset_classifier(0)
+    assert features(x).dim() == 4
+    assert timm.create_model(name, pretrained=True, num_classes=7, global_pool='catavgmax')(x).shape == (len(x), 7)
+
+
+def test_a_model_that_grew_is_published(tmp_path):
+    model = timm.create_model(
+        'hne_resnet50_c8', pretrained=True, nodes=(1, 2, 4, 8, 32), grow_noise=0.1, grow_seed=3)
+    assert_same_weights(saved(model, tmp_path / 'net'), model)
+    other = by_name('test_resnet', grow_noise=0.1, grow_seed=2)
+    assert_same_weights(saved(other, tmp_path / 'other'), other)
+
+
+@pytest.mark.parametrize('base, args', [
+    ('tresnet_m', {}), ('naflexvit_base_patch16_parfac_gap', dict(depth=4, embed_dim=48, num_heads=3)),
+])
+def test_bases_that_take_patches_as_channels(base, args, tmp_path):
+    model = timm.create_model(NAME, base=base, base_args=args, nodes=(1, 1, 1, 2), num_classes=10, init='copy')
+    assert read_sizes(model.state_dict(), model).get('in_chans', 3) == 3
+    assert_same_weights(saved(model, tmp_path / 'net'), model)
+
+
+def test_attention_costs_the_same_however_it_is_computed():
+    costs = [
+        member_macs(timm.create_model(NAME, base='test_vit', nodes=(1, 1, 1, 2), exportable=exportable))
+        for exportable in (None, True)]
+    assert costs[0] == costs[1]
+
+
+def test_a_checkpoint_in_the_cfg_of_a_base_is_not_copied():
+    state = make_base('test_resnet').state_dict()
+    base = timm.create_model(
+        'test_resnet', pretrained=True, num_classes=10, pretrained_cfg_overlay=dict(state_dict=state, num_classes=10))
+    ensemble = timm_hne.hierarchize(base, (1, 1, 1, 2, 8))
+    assert base.pretrained_cfg['state_dict'] is state
+    assert not any(head.pretrained_cfg['state_dict'] for head in ensemble.heads)
+
+
+def test_checkpointing_of_the_base_is_left_to_the_ensemble():
+    base = timm.create_model('test_convnext', num_classes=3)
+    base.set_grad_checkpointing(True)
+    ensemble = timm_hne.hierarchize(base, ensemble_size=2).train()
+    layers = [module for name, module in ensemble.named_modules() if name.endswith('conv_dw')]
+    calls = []
+    for layer in layers:
+        layer.register_forward_hook(lambda *args: calls.append(1))
+    for enable, times in ((False, 1), (True, 2)):
+        ensemble.set_grad_checkpointing(enable)
+        calls.clear()
+        ensemble(torch.randn(2, 3, 64, 64)).sum().backward()
+        assert len(calls) == times * len(layers)
+
+
 @pytest.fixture(scope='module')
 def published(tmp_path_factory):
     """A published folder without digests."""
@@ -745,17 +870,22 @@ def test_a_published_config_that_was_not_changed(published):
     assert timm.create_model(f'local-dir:{published}', pretrained=True).base == 'test_convnext'
 
 
-@pytest.mark.parametrize('changes', [
-    {'base_args': {'pretrained': True}}, {'base_args': {'checkpoint_path': '/etc/passwd'}},
-    {'base_args': {'pretrained_cfg_overlay': {'file': '/etc/passwd'}}}, {'base_pretrained': True},
-    {'cache_dir': '/tmp/elsewhere'}, {'base': 'hne_resnet50_c8'}, {'base': 'hf-hub:alice/other'}, {'base': 'test_vit'},
+@pytest.mark.parametrize('changes, message', [
+    ({'base_args': {'pretrained': True}}, 'base_args must not hold pretrained'),
+    ({'base_args': {'checkpoint_path': '/etc/passwd'}}, 'base_args must not hold checkpoint_path'),
+    ({'base_args': {'pretrained_cfg_overlay': {'file': '/etc/passwd'}}}, 'base_args must not hold pretrained_cfg_'),
+    ({'base_pretrained': True}, 'base_pretrained'),
+    ({'cache_dir': '/tmp/elsewhere'}, 'cache_dir'),
+    ({'base': 'hne_resnet50_c8'}, "no hierarchical ensemble already, got 'hne_resnet50_c8'"),
+    ({'base': 'hf-hub:alice/other'}, "base must name a timm model.*'hf-hub:alice/other'"),
+    ({'base': 'test_vit'}, 'taps=.* do not fit test_vit'),
 ])
-def test_a_published_config_cannot_ask_for_files_or_other_models(changes, published, tmp_path):
+def test_a_published_config_cannot_ask_for_files_or_other_models(changes, message, published, tmp_path):
     folder = shutil.copytree(published, tmp_path / 'net')
     config = json.loads((folder / 'config.json').read_text())
     config['model_args'].update(changes)
     (folder / 'config.json').write_text(json.dumps(config))
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises((ValueError, TypeError), match=message):
         timm.create_model(f'local-dir:{folder}', pretrained=True)
 
 

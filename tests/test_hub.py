@@ -650,7 +650,7 @@ def tamper(hub, files, change):
 ])
 def test_a_config_that_was_tampered_with(hub, files, change):
     tamper(hub, files, change)
-    with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+    with pytest.raises((ValueError, TypeError)) as error:  # a digest that differs is a RuntimeError
         load()
     assert len(str(error.value)) < 1000
 

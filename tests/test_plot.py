@@ -114,6 +114,16 @@ def test_runs_are_told_apart_by_what_differs(plot):
         'hierarchical, 3 epochs', 'hierarchical, 9 epochs']
 
 
+def test_runs_are_told_apart_by_their_recipes_alone(plot, write):
+    recipe = dict(opt='sgd', lr=0.1, phases=[], amp=True)
+    same = [make_run(recipe=recipe), make_run(recipe={**recipe, 'opt': 'adamw', 'lr': 0.01, 'phases': [{}]})]
+    runs = plot.load_runs(write(*same, make_run(recipe=recipe, epochs=9)))
+    assert plot.label_runs(runs[:2], 'objective') == ['$L_I$, opt=sgd, lr=0.1', '$L_I$, opt=adamw, lr=0.01']
+    assert [run['apart'] for run in runs] == ['opt=sgd, lr=0.1', 'opt=adamw, lr=0.01', '']
+    table = plot.make_table(runs)
+    assert '| measured, opt=adamw, lr=0.01 |' in table and '| 9 | 0 | measured |' in table
+
+
 def test_table_puts_the_paper_beside_the_runs(plot, write, tmp_path):
     runs = [make_run(), make_run(data='digits', seed=None), make_run('hierarchical'), make_run(epochs=9)]
     output = tmp_path / 'table.md'

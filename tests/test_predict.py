@@ -1,9 +1,12 @@
 """`timm-hne predict`: the labels it prints are the model's, whatever the file."""
 import argparse
+import io
 import itertools
 import json
 import os
 import re
+import shutil
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,6 +186,16 @@ def test_folders_of_images(folder, model, image, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(['predict', str(tmp_path / 'empty'), '--model', str(folder)])
     assert f'folder {tmp_path / "empty"} holds no images' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='file names are text')
+def test_file_names_that_are_no_text(folder, image, tmp_path, monkeypatch):
+    shutil.copy(image, os.fsencode(tmp_path) + b'/b\xff.png')
+    printed = io.TextIOWrapper(io.BytesIO(), 'utf-8', 'strict')
+    monkeypatch.setattr(sys, 'stdout', printed)
+    main(['predict', str(tmp_path), '--model', str(folder), '--top-k', '1'])
+    printed.flush()
+    assert b'b\\xff.png: 4 members' in printed.buffer.getvalue()
 
 
 @pytest.mark.parametrize('name', ['', 'last.pth.tar'])

@@ -1,5 +1,6 @@
 """What a run refuses before its first epoch, what it needs to go on, and what it keeps."""
 import json
+import os
 import shutil
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -7,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from processes import free_port, start_processes
 from test_trainer import data_dir, make_images, options, rows  # noqa: F401
 from timm.optim import Lookahead
 
 from timm_hne.__main__ import main
 from timm_hne.hub import write_folder
+from timm_hne.models.weights import load_grown
 from timm_hne.pretrained import state_digest
 from timm_hne.training import TrainConfig, train, trainer
 from timm_hne.training.checkpoint import RunCheckpoint
@@ -87,6 +90,34 @@ def test_processes_that_cannot_read_other_images_do_not_train_apart(options, mon
         trainer._train_phases(TrainConfig(**options), torch.device('cpu'), 0, 2, ExitStack())
 
 
+def train_rank(rank, port, values, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    torch.set_num_threads(1)
+    torch.save(train(TrainConfig(**values)).model.state_dict(), folder / f'{rank}.pt')
+    with pytest.raises(RuntimeError, match='torchrun can train once'):
+        train(TrainConfig(**values))
+
+
+@pytest.mark.parametrize('ema_decay', [0., 0.5])
+def test_processes_end_with_the_same_statistics(options, tmp_path, ema_decay):  # noqa: F811
+    start_processes(train_rank, free_port(), {**options, 'epochs': 1, 'ema_decay': ema_decay}, tmp_path)
+    one, two = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    statistics = [tensor for name, tensor in one.items() if name.endswith('running_mean')]
+    assert statistics and all(tensor.any() for tensor in statistics)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'exploded'),)
+
+    torch.save(dict(arch='hne_resnet50_c8', epoch=0, state_dict={'weight': Bomb()}), tmp_path / 'last.pth.tar')
+    with pytest.raises(ValueError, match='cannot be read'):
+        RunCheckpoint.read(tmp_path / 'last.pth.tar').weights()
+    assert not (tmp_path / 'exploded').exists()
+
+
 @pytest.mark.parametrize('opt', ['lookahead_sgd', 'adahessian'])
 def test_optimizers_that_want_more_than_gradients(options, opt, monkeypatch):  # noqa: F811
     synced, sync = [], Lookahead.sync_lookahead
@@ -114,6 +145,59 @@ def test_the_noise_of_a_tree_that_grows_out_of_pretrained_weights(tmp_path, mode
         members = grown.forward_members(torch.ones(1, 3, 32, 32))[0]
         found[noise] = (members[0] - members[1]).abs().max().item()
     assert found[0.] < 1e-4 < found[1.]
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_a_tree_that_grows_twice_gets_other_noise_each_time(seed):
+    def grow(model, last):
+        grown = timm.create_model('hne_resnet50_c8', width=2, nodes=(1, 1, 1, 1, last), num_classes=3)
+        load_grown(grown, model.state_dict(), 1., seed)
+        return grown
+
+    one = timm.create_model('hne_resnet50_c8', width=2, nodes=(1,) * 5, num_classes=3)
+    four = grow(grow(one, 2), 4)
+    name = 'blocks.4.0.conv1.conv.weight'
+    first, *others = four.state_dict()[name].chunk(4)
+    noise = [(other - first).flatten() for other in others]
+    for i in range(3):
+        for other in noise[:i]:
+            assert torch.cosine_similarity(noise[i], other, dim=0) < 0.9
+    if seed:
+        load_grown(four, one.state_dict(), 1., 0)
+        again = four.state_dict()[name].clone()
+        load_grown(four, one.state_dict(), 1., 1)
+        assert not torch.equal(four.state_dict()[name], again)
+
+
+def test_the_seed_of_a_run_is_that_of_the_noise(tmp_path):
+    one = timm.create_model('hne_resnet50_c8', width=2, nodes=(1,) * 5, num_classes=3)
+    torch.save(dict(arch='hne_resnet50_c8', state_dict=one.state_dict()), tmp_path / 'one.pth.tar')
+    states = []
+    for seed in (0, 1):
+        config = TrainConfig(
+            initial_checkpoint=str(tmp_path / 'one.pth.tar'), model_kwargs=dict(width=2, nodes=(1, 1, 1, 1, 2)),
+            seed=seed)
+        states.append(create_trained_model(config, 3)[0].state_dict()['blocks.4.0.conv1.conv.weight'])
+    assert torch.equal(*(state.chunk(2)[0] for state in states)) and not torch.equal(*states)
+
+
+@pytest.mark.parametrize('pretrained', [False, True])
+def test_grey_images_are_normalised_by_the_mean_of_the_channels(pretrained):
+    _, colour = create_trained_model(TrainConfig(), 10)
+    _, grey = create_trained_model(TrainConfig(in_chans=1, pretrained=pretrained), 10)
+    assert grey.mean == pytest.approx((sum(colour.mean) / 3,)) and grey.std == pytest.approx((sum(colour.std) / 3,))
+    _, grey = create_trained_model(TrainConfig(in_chans=1, pretrained=pretrained, mean=(0.1,)), 10)
+    assert grey.mean == (0.1,)
+    with pytest.raises(ValueError, match=r'mean must have 1 value\(s\)'):
+        create_trained_model(TrainConfig(in_chans=1, mean=(0.1, 0.2, 0.3)), 10)
+
+
+@pytest.mark.parametrize('opt_kwargs', [{}, {'layer_decay': 0.5}])
+@pytest.mark.parametrize('sched', ['constant', 'cosine'])
+def test_the_rate_in_the_log_is_the_one_of_the_last_update(options, opt_kwargs, sched):  # noqa: F811
+    train(TrainConfig(**{**options, 'epochs': 1, 'sched': sched, 'opt_kwargs': opt_kwargs}))
+    lr = float(rows(options['output_dir'])[0]['lr'])
+    assert lr == pytest.approx(0.01) if sched == 'constant' else 0 < lr < 0.001
 
 
 @pytest.mark.parametrize('key, value', [('color_jitter', 0.4), ('crop_pct', 0.8)])
@@ -161,7 +245,7 @@ def test_a_best_checkpoint_that_was_not_copied_any_more_is_copied_on_resume(
     assert RunCheckpoint.read(tmp_path / 'run' / BestCheckpoint.NAME).epoch == 0
 
 
-def test_the_best_of_the_epochs_since_it_was_asked_for(tmp_path):
+def test_the_best_of_the_epochs_since_it_was_asked_for(tmp_path, caplog):
     last, found = tmp_path / 'last.pth.tar', {0: {'eval_top1_2': 90}}  # of which nobody has kept the weights
     keeper = BestCheckpoint(2, found)
     for epoch, accuracy in enumerate([50, 60, 55], start=1):
@@ -173,6 +257,10 @@ def test_the_best_of_the_epochs_since_it_was_asked_for(tmp_path):
     found[4] = {'eval_top1_2': 59}
     BestCheckpoint(2, found, kept=2).save(4, last)
     assert (tmp_path / BestCheckpoint.NAME).read_text() == 'epoch 2'
+    del found[2]
+    BestCheckpoint(2, found, kept=2).save(4, last)
+    assert (tmp_path / BestCheckpoint.NAME).read_text() == 'epoch 2'
+    assert 'is of epoch 3, whose accuracy is not known: it stays' in caplog.text
 
 
 def test_paths_are_in_no_recipe():
@@ -195,6 +283,13 @@ def evaluated(options, tmp_path):  # noqa: F811
               '--output', str(tmp_path / 'evaluation.json')])
         return json.loads((tmp_path / 'evaluation.json').read_text())
     return evaluate
+
+
+def test_an_evaluation_says_how_the_weights_came_about(options, tmp_path, evaluated):  # noqa: F811
+    start = train(TrainConfig(**{**options, 'epochs': 1, 'output_dir': str(tmp_path / 'start')})).checkpoint
+    train(TrainConfig(**{**options, 'epochs': 1, 'initial_checkpoint': str(start)}))
+    results = evaluated('test')
+    assert (results['world_size'], results['initial_checkpoint']) == (1, 'last.pth.tar')
 
 
 def test_splits_that_lack_classes_are_evaluated(options, tmp_path, evaluated):  # noqa: F811

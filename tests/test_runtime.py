@@ -93,6 +93,23 @@ def test_early_exit(network, model, criterion, threshold):
     assert_like(network.predict(x.numpy(), threshold=threshold, criterion=criterion), expected)
 
 
+def test_thresholds_of_agreement_are_shares_in_single_precision():
+    """As `calibrate_threshold` returns them."""
+    members = torch.randn(200, 3, 5)
+    scores = exit_scores(members, 'agreement')
+    for threshold in scores.unique():
+        found = runtime.exit_scores(members.numpy(), 'agreement') >= threshold.item()
+        assert found.tolist() == (scores >= threshold).tolist()
+
+
+def test_programs_are_found_in_another_working_folder(folder, model, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    network = runtime.load(folder.name)
+    monkeypatch.chdir('/')
+    x = images(2)
+    assert_like(network.predict(x.numpy()), model(x))
+
+
 def test_scores_are_those_of_the_library():
     members = torch.randn(20, 3, 5)
     for criterion in CRITERIA:

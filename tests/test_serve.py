@@ -263,6 +263,8 @@ def test_a_late_request_is_answered_if_nobody_waits(serve):
     assert client.post('/predict', content=encode(noise()), headers=headers).json()['num_members'] == 1
     response = client.post('/predict?deadline_ms=500', content=encode(noise()), headers=headers)
     assert refused(response, 503, 'deadline=0.5 s')
+    # It came too late, which the next one may not.
+    assert response.headers['retry-after'] == '1' and metrics(client)['hne_rejected_total{reason="overloaded"}'] == 1
 
 
 def test_members_fall_for_a_deadline(serve):
@@ -280,6 +282,13 @@ def test_a_model_that_fails(client, held):
     assert refused(response, 500, 'the model failed') and 'secret' not in response.text
     held.error = None
     assert client.post('/predict', content=encode(noise())).status_code == 200
+
+
+def test_logits_that_are_no_numbers_are_a_failure(client, held, monkeypatch):
+    monkeypatch.setattr(Held, 'forward', lambda self, x, num_members=None: torch.full((len(x), 10), torch.nan))
+    assert refused(client.post('/predict', content=encode(noise())), 500, 'the model failed')
+    counts = metrics(client)
+    assert counts['hne_requests_total{status="500"}'] == 1 and 'hne_requests_total{status="200"}' not in counts
 
 
 def test_slow_decoding_delays_nobody_beyond_the_deadline(serve, monkeypatch):

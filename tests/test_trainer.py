@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from processes import free_port
 from timm.models import load_state_dict
 from timm.utils import load_checkpoint_metadata
 
@@ -120,12 +120,16 @@ VARIANTS = {
                                                                            'drop_rate': 0.1},
     },
     'cyclic': {'sched': 'cyclic', 'warmup_epochs': 1, 'decay_milestones': (2,)},
+    'compiled': {'compile': True, 'ema_decay': 0.9, 'ema_warmup': False},
+    'float16': {'amp': True, 'amp_dtype': 'float16', 'clip_grad': 1.},
 }
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_stopped_run_continues_to_the_same_losses(options, tmp_path, monkeypatch, variant):
     options.update(VARIANTS[variant])
+    compile = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda model, **kwargs: compile(model, backend='eager'))
     train(TrainConfig(**options))
     expected = rows(options['output_dir'])
 
@@ -682,6 +686,11 @@ def test_unknown_key_names_the_nearest(options):
     ({'scale': (0., 1.)}, ValueError, r'scale .*0\.0'),
     ({'scale': (0.5,)}, ValueError, r'scale .*\(0.5,\)'),
     ({'scale': (0.9, 0.1)}, ValueError, r'scale .*\(0.9, 0.1\)'),
+    ({'scale': (0.5, 1.), 'in_memory': True}, ValueError, r'scale .*crop_padding 4.*\(0.5, 1.0\)'),
+    ({'sched': 'cyclic', 'min_lr': 0.1}, ValueError, 'min_lr .*cyclic.* 0.1'),
+    ({'sched': 'cyclic', 'warmup_lr': 0.1}, ValueError, 'warmup_lr .*cyclic.* 0.1'),
+    ({'sched': 'cyclic', 'warmup_epochs': 0.5}, ValueError, 'warmup_epochs .*cyclic.* 0.5'),
+    ({'phases': ({'epochs': 1},), 'epochs': 200}, ValueError, 'epochs .* 1 .* 200'),
     ({'std': (0.2, 0., 0.2)}, ValueError, 'std .*0.0'),
     ({'mean': (0.2, math.nan, 0.2)}, ValueError, 'mean .*nan'),
     ({'lr': math.nan}, ValueError, 'lr .*nan'),
@@ -723,9 +732,7 @@ train(TrainConfig(**yaml.safe_load(sys.argv[1])))
 def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(options, whole, tmp_path, monkeypatch):
     """Two updates of plain SGD, whose weights are gradients. BatchNorm is in evaluation mode."""
     options.update(epochs=1, max_train_images=16, opt='momentum', momentum=0., weight_decay=0., sched='constant')
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     joint = {**options, 'batch_size': 4, 'output_dir': str(tmp_path / 'joint')}
     environment = {
         **os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'OMP_NUM_THREADS': '1'}
@@ -748,6 +755,7 @@ def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(options, w
     for name, value in result.model.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
     log, joint_log = rows(options['output_dir'])[0], rows(tmp_path / 'joint')[0]
+    assert float(joint_log['train_loss']) == pytest.approx(float(log['train_loss']), rel=1e-5)
     assert [float(joint_log[f'eval_top1_{n}']) for n in (1, 2, 4)] == [
         float(log[f'eval_top1_{n}']) for n in (1, 2, 4)]
 
@@ -911,6 +919,13 @@ class TestPhases:
             assert torch.equal(passed_on[name], value)
         for name, value in grown.state_dict().items():
             assert torch.equal(start[name], value)
+
+    def test_images_of_another_size_than_a_later_phase_takes_are_found_at_once(self, phased):
+        phased['phases'] = ({**self.PHASES[0], 'img_size': 16}, self.PHASES[0])
+        del phased['img_size'], phased['epochs']
+        with pytest.raises(ValueError, match='images are 8x8, the model takes 32x32'):
+            train(TrainConfig(**phased))
+        assert not Path(phased['output_dir'], 'summary.csv').exists()
 
     @pytest.mark.parametrize('stop', [1, 2, 4])
     def test_a_stopped_run_continues_in_its_phase(self, phased, stop, monkeypatch):

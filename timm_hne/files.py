@@ -28,3 +28,8 @@ def write_file(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file in UTF-8 as `write_file` does."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding='utf-8'))
+
+
+def printable(path: str | os.PathLike) -> str:
+    """Return a path, or a sentence with one in it, as text that any file can hold, whatever the bytes are."""
+    return os.fsencode(path).decode('utf-8', 'backslashreplace')

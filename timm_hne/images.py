@@ -1,6 +1,7 @@
 """Opening image files and converting them, for training, evaluation and prediction alike."""
+import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILELENGTH, TILEWIDTH
 from timm.data.readers.img_extensions import is_img_extension
 
 __all__ = ['UNREADABLE', 'convert_image', 'find_images', 'open_image']
@@ -20,7 +22,7 @@ UNREADABLE = (
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
     """Turn an image upright, as its EXIF data say, and convert it to 8 bits a channel.
 
-    Of 16 bits the upper 8 are kept. Pillow's own `convert` would make all above 255 white.
+    Of 12 or 16 bits the upper 8 are kept. Pillow's own `convert` would make all above 255 white.
 
     Args:
         image: Any image of Pillow's.
@@ -30,12 +32,15 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
         OSError: The file of the image is damaged.
         ValueError: The image has 32-bit integers or floating-point numbers, and nothing says which of them is white.
     """
+    tags = getattr(image, 'tag_v2', {})  # of a TIFF file
     image.load()
     with suppress(Exception):  # damaged EXIF data, of which there are many, count as none
         ImageOps.exif_transpose(image, in_place=True)
     # Pillow reads 16-bit PPM files, and before 11.2 PNG files, into 32-bit integers.
     if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        bits = tags.get(BITSPERSAMPLE, (16,))[0]  # Pillow does not scale 12 of them, nor invert those whose 0 is white
+        pixels = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        image = Image.fromarray(255 - pixels if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 else pixels)
     elif image.mode in ('I', 'F'):
         raise ValueError(f'it has the mode {image.mode}, and nothing says which of its values is white')
     return image.convert(mode)
@@ -52,16 +57,30 @@ def open_image(
     Args:
         file: Path, or an open file.
         mode: 'L' for grey, 'RGB' for colours.
-        check: Is given width and height before anything is decoded, and raises what it will.
+        check: Is given width and height before anything is decoded, then those of what is decoded, which may be more,
+            and raises what it will.
         formats: Formats that are tried, in Pillow's names; all if None.
 
     Raises:
         OSError, and all others of `UNREADABLE`: It cannot be read.
     """
     with Image.open(file, formats=formats) as image:
-        if check is not None:
-            check(image.size)
-        return convert_image(image, mode)
+        try:
+            if check is not None:
+                for size in _decoded_sizes(image):
+                    check(size)
+            return convert_image(image, mode)
+        except (TypeError, ArithmeticError) as error:  # Pillow's, on damaged TIFF files
+            raise OSError(f'it is damaged: {error}') from error
+
+
+def _decoded_sizes(image: Image.Image) -> Iterator[tuple[int, int]]:
+    """Yield the size of an image, and that of all its tiles, of a TIFF file, which are decoded whole."""
+    yield image.size
+    tags = getattr(image, 'tag_v2', {})
+    if TILEWIDTH in tags or TILELENGTH in tags:
+        tile = tags[TILEWIDTH], tags[TILELENGTH]
+        yield tuple(math.ceil(side / part) * part for side, part in zip(image.size, tile))
 
 
 def find_images(folder: str | PathLike) -> list[Path]:

@@ -111,7 +111,7 @@ def load(folder: str | Path, threads: int | None = None) -> 'Runtime':
         ValueError: The manifest is none, or one of a newer version.
         RuntimeError: A file is not the one whose digest the manifest records.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # programs are read again, perhaps after os.chdir
     manifest = read_manifest(folder / MANIFEST)
     _check_files(folder, manifest['files'])
     return Runtime(folder, manifest, threads)
@@ -184,7 +184,7 @@ def exit_scores(member_logits: np.ndarray, criterion: str) -> np.ndarray:
     logits = member_logits.mean(axis=1)
     if criterion == 'agreement':
         votes = member_logits.argmax(axis=2) == logits.argmax(axis=1)[:, None]
-        return votes.mean(axis=1) if member_logits.shape[1] > 1 else np.full(len(logits), -1.)
+        return votes.mean(axis=1, dtype=np.float32) if member_logits.shape[1] > 1 else np.full(len(logits), -1.)
     probs = softmax(logits)
     if criterion == 'entropy':
         return -(probs * np.log(np.maximum(probs, np.finfo(probs.dtype).tiny))).sum(axis=1)

@@ -200,6 +200,8 @@ def run(args: argparse.Namespace) -> None:
         'alpha': config.get('alpha', config.get('hne_alpha')) if distilled else None,
         'epochs': config.get('epochs'),
         'seed': config.get('seed'),
+        'world_size': config.get('world_size'),
+        'initial_checkpoint': Path(config.get('initial_checkpoint') or '').name or None,
         'recipe': {key: value for key, value in recipe.items() if key != 'seed'},
         'members': measured['members'],
         'member_top1': measured['member_top1'],

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..checks import check_integer, check_number
+from ..files import printable
 from ..images import find_images
 from ..inference.engines import ENGINES
 from ..process import keep_freed_memory
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
             pass
         top = classifier.top(logits[0], num_members, args.top_k)
         milliseconds = 1000 * (time.perf_counter() - begin)
-        print(f'{path}: {num_members} member{"s" * (num_members > 1)}, {milliseconds:.1f} ms')
+        print(f'{printable(path)}: {num_members} member{"s" * (num_members > 1)}, {milliseconds:.1f} ms')
         for label in top:
             print(f'{label.probability:>8.1%}  {label.name}')
         usual = classifier.usual_confidence(num_members)

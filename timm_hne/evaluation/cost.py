@@ -8,10 +8,12 @@ import torch
 
 from ..models.create import check_ensemble
 from ..models.ensemble import HierarchicalEnsemble
+from ..models.layers import BranchedLinear
 from ..tree import node_span
 
-# fvcore's names of what counts as a MAC in the paper: convolutions and linear layers, nothing else.
-_MAC_OPERATORS = ('conv', 'linear', 'matmul')
+# What counts as a MAC in the paper: convolutions and linear layers, nothing else. In attention fvcore finds products of
+# matrices too, or not, as it is computed; only a `BranchedLinear` is one.
+_OPERATORS = ('conv', 'linear')
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ def member_macs(model: HierarchicalEnsemble, img_size: int | tuple[int, int] | N
     model.num_members = None
     image = torch.zeros(1, model.in_chans, height, width)
     analysis = FlopCountAnalysis(model, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    branched = [name for name, module in model.named_modules() if isinstance(module, BranchedLinear)]
     return _scale_to_prefixes(model, {
-        part: int(sum(counts[operator] for operator in _MAC_OPERATORS))
+        part: int(sum(counts[operator] for operator in (*_OPERATORS, *['matmul'] * (part in branched))))
         for part, counts in analysis.by_module_and_operator().items()
     })
 

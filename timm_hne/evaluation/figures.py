@@ -30,7 +30,10 @@ Run = dict[str, Any]
 
 
 def load_runs(paths: list[str], with_paper: bool = True) -> list[Run]:
-    """Read evaluations and average those of several seeds; `run['paper']` becomes what the paper published, or None.
+    """Read evaluations and average those of several seeds.
+
+    `run['paper']` becomes what the paper published, or None; `run['apart']` says what of its recipe tells a run from
+    those that it has the rest in common with, or is empty.
 
     Raises:
         OSError: A file cannot be read.
@@ -44,7 +47,9 @@ def load_runs(paths: list[str], with_paper: bool = True) -> list[Run]:
         except (ValueError, TypeError) as error:
             raise ValueError(f'{path} is not the JSON file of an evaluation: {str(error).rstrip(".")}.') from error
         runs.append(run)
-    return [{**run, 'paper': find_paper_run(run) if with_paper else None} for run in average_seeds(runs)]
+    runs = average_seeds(runs)
+    return [
+        {**run, 'apart': tell_apart(run, runs), 'paper': find_paper_run(run) if with_paper else None} for run in runs]
 
 
 def check_run(run: Run) -> None:
@@ -106,6 +111,18 @@ def average_seeds(runs: list[Run]) -> list[Run]:
     return averaged
 
 
+def tell_apart(run: Run, runs: list[Run]) -> str:
+    """Name the plain values of a recipe in which runs differ that have all else in common."""
+    def common(run: Run) -> list:
+        return [run[key] for key in (*SETTING, 'epochs', 'seed')]
+
+    recipes = [other.get('recipe') or {} for other in runs if common(other) == common(run)]
+    own = run.get('recipe') or {}
+    names = [name for name, value in own.items() if isinstance(value, (bool, int, float, str))
+             and any(recipe.get(name) != value for recipe in recipes)]
+    return ', '.join(f'{name}={own[name]}' for name in names)
+
+
 def paper_runs() -> list[Run]:
     """Return the paper's Table 1 in the form of evaluations that have nothing but the accuracy."""
     table = json.loads(PAPER.read_text(encoding='utf-8'))
@@ -159,6 +176,7 @@ TRAITS = {
     'sharing': sharing,
     'epochs': lambda run: '' if run['epochs'] is None else f'{run["epochs"]} epochs',
     'seed': lambda run: '' if run['seed'] is None else f'seed {run["seed"]}',
+    'recipe': lambda run: run.get('apart', ''),
 }
 
 
@@ -333,7 +351,7 @@ def make_table(runs: list[Run], missing: bool = False) -> str:
             objective(run),
             sharing(run),
             *('' if run[key] is None else str(run[key]) for key in ('epochs', 'seed')),
-            source,
+            ', '.join(filter(None, (source, TRAITS['recipe'](run)))),
             *(accuracy(points[n]) if n in points else '' for n in sizes),
         ]
         lines.append(f'| {" | ".join(values)} |')

@@ -111,9 +111,9 @@ def write_folder(
                 data_config=data_config,
             )
         config = json.loads((new / CONFIG_NAME).read_text())
-        # Chosen by who loads: the first, out of range for a prefix; the next three concern weights that are replaced.
+        # Chosen by who loads: the first, out of range for a prefix; the next five concern weights that are replaced.
         # The number of classes stands in `config` itself, whence transformers takes it and would pass it twice.
-        for key in ('num_members', 'init', 'noise', 'seed', 'num_classes'):
+        for key in ('num_members', 'init', 'noise', 'seed', 'grow_noise', 'grow_seed', 'num_classes'):
             config['model_args'].pop(key, None)
         config['model_args'] = dict(sorted(config['model_args'].items()))
         config['dtype'] = 'float32'  # for transformers, which would else compute in the type that is stored

@@ -4,9 +4,8 @@ import copy
 import timm.layers
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from ..models.ensemble import HierarchicalEnsemble
 from ..models.layers import BranchedConv2d, ConvNormAct
@@ -32,22 +31,15 @@ class FoldedConv(BranchedConv2d):
             device='meta',
         )
         # In double precision, so that folding itself adds no error to speak of.
-        scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-        weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
-        bias = bn.bias.double() - bn.running_mean.double() * scale
+        tensors = (conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        weight, mean, var, scale, shift = (tensor.double() for tensor in tensors)
+        weight, bias = fuse_conv_bn_weights(weight, None, mean, var, bn.eps, scale, shift)
         self.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
         self.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
         self.act = bn.act
 
     def forward(self, x: Tensor, span: tuple[int, int] | None = None) -> Tensor:
-        return self.act(super().forward(x, (0, self.nodes) if span is None else span))
-
-    def convolve(self, x: Tensor, first: int, last: int, parents: int) -> Tensor:
-        channels = self.out_channels // self.nodes
-        weight = self.weight[first * channels:last * channels]
-        bias = self.bias[first * channels:last * channels]
-        groups = parents * (self.groups // self.parents)
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+        return self.act(super().forward(x, span))
 
 
 def folded(model: HierarchicalEnsemble) -> HierarchicalEnsemble:

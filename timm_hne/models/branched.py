@@ -64,6 +64,16 @@ class BranchedBlock(BranchedWeights, Block, nn.Sequential):
         return x
 
 
+_POOLINGS = ('avg', 'max', 'avgmax', 'catavgmax')
+
+
+def _create_pool(name: str) -> SelectAdaptivePool2d:
+    if name.lower() not in ('', 'fast', *_POOLINGS, *(f'fast{pooling}' for pooling in _POOLINGS)):
+        raise ValueError(
+            f"global_pool must be one of {', '.join(_POOLINGS)}, each also after 'fast', or '', got {name!r}.")
+    return SelectAdaptivePool2d(pool_type=name)
+
+
 class BranchedEnsemble(HierarchicalEnsemble):
     """A hierarchical ensemble of branched blocks, whose heads are branched linear layers too.
 
@@ -100,7 +110,7 @@ class BranchedEnsemble(HierarchicalEnsemble):
         super().__init__(blocks, reductions, in_chans, num_members, drop_rate)
         dd = {'device': device, 'dtype': dtype}
         if hidden_features:
-            pooled_features = blocks[-1].out_channels * SelectAdaptivePool2d(pool_type=global_pool).feat_mult()
+            pooled_features = blocks[-1].out_channels * _create_pool(global_pool).feat_mult()
             self.hidden = BranchedLinear(pooled_features, hidden_features, self.nodes[-1], **dd)
             self.hidden_act = hidden_act_layer()
         else:
@@ -114,7 +124,7 @@ class BranchedEnsemble(HierarchicalEnsemble):
         check_integer('num_classes', num_classes, 0)
         if num_classes and not global_pool:
             raise ValueError(f'A classifier of {num_classes} classes needs a pooling, got global_pool={global_pool!r}.')
-        pool = SelectAdaptivePool2d(pool_type=global_pool)
+        pool = _create_pool(global_pool)
         features = self.blocks[-1].out_channels * pool.feat_mult()
         if isinstance(self.hidden, BranchedLinear):
             if self.hidden.in_features != features:
@@ -126,7 +136,9 @@ class BranchedEnsemble(HierarchicalEnsemble):
         self.head_hidden_size = features * self.nodes[-1]
         self.classifier = BranchedIdentity()
         if num_classes:
-            self.classifier = BranchedLinear(features, num_classes, self.nodes[-1], **dd)
+            self.classifier = BranchedLinear(features, num_classes, self.ensemble_size, **dd)
+            if self.ensemble_size < self.nodes[-1]:  # a part of a tree, whose other leaves have no weights
+                self.classifier.nodes, self.classifier.out_features = self.nodes[-1], num_classes * self.nodes[-1]
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -161,8 +173,9 @@ class BranchedEnsemble(HierarchicalEnsemble):
                 the average pooling of a model that has none.
 
         Raises:
-            ValueError: `num_classes` is negative, a classifier is asked for with `global_pool=''`, or the pooling does
-                not fit the hidden layer. The model is then as it was.
+            TypeError: `num_classes` is not an integer.
+            ValueError: `num_classes` is negative, a classifier is asked for with `global_pool=''`, or the pooling is
+                unknown or does not fit the hidden layer. The model is then as it was.
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type or ('avg' if num_classes else '')

@@ -93,7 +93,9 @@ def cut_model(
         if simpler != names:
             names, graph = simpler, _trace(meta, name, simpler, size)
 
-    own = copy.deepcopy(model)
+    own = copy.deepcopy(model, _without_checkpoint(model))
+    if hasattr(own, 'set_grad_checkpointing'):  # the ensemble's blocks have a switch of their own
+        own.set_grad_checkpointing(False)
     try:
         blocks, layouts = graph.split(own, _cuts(graph, name, names))
     except CutError as error:
@@ -222,9 +224,16 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict((*parameters, *model.named_buffers(remove_duplicate=False)))
 
 
+def _without_checkpoint(model: nn.Module) -> dict[int, Any]:
+    """Return a memo that keeps `copy.deepcopy` from copying a checkpoint that the model's `pretrained_cfg` may hold."""
+    cfg = model.pretrained_cfg
+    state = cfg.get('state_dict') if isinstance(cfg, dict) else getattr(cfg, 'state_dict', None)
+    return {} if state is None else {id(state): None}
+
+
 def copy_to_meta(model: nn.Module) -> nn.Module:
     """Return a copy of a model without memory for its tensors."""
-    memo: dict[int, Any] = {}
+    memo = _without_checkpoint(model)
     for tensor in _tensors(model).values():
         shape = torch.empty_like(tensor, device='meta')
         memo[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape

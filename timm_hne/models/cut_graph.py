@@ -62,6 +62,12 @@ def pack(tensor: torch.Tensor, kind: str, like: torch.Tensor) -> torch.Tensor:
     return tensor.unsqueeze(0).expand(like.shape[0], *tensor.shape)
 
 
+def _as_it_is(node: Node) -> Node:
+    """Keep FX, which traces a part again when it is unpickled, from looking into the function that a node calls."""
+    node.meta['is_wrapped'] = True
+    return node
+
+
 def take(features: torch.Tensor | tuple[torch.Tensor, ...], kind: str, value: int, single: bool) -> torch.Tensor | int:
     """Return a tensor or a number that crossed a cut, as the model made it."""
     features = (features,) if single else features
@@ -311,7 +317,7 @@ class StageGraph:
         graph = torch.fx.Graph()
         features = like = graph.placeholder('x')
         if protect:
-            features = like = graph.call_function(clone, (features,))
+            features = like = _as_it_is(graph.call_function(clone, (features,)))
         env: dict[Node, Any] = {}
         if before is not None:
             single = len(before.shapes) == 1
@@ -335,8 +341,10 @@ class StageGraph:
         for node, _, leaves in after.values:
             value = map_arg(node.args[0], env.__getitem__) if node.op == 'output' else env[node]
             for leaf, item in zip(leaves, self._items(graph, value, node, leaves)):
-                if leaf.kind in ('windows', 'shared'):
+                if leaf.kind == 'windows':
                     tensors.append(graph.call_function(pack, (item, leaf.kind, like)))
+                elif leaf.kind == 'shared':
+                    tensors.append(_as_it_is(graph.call_function(pack, (item, leaf.kind, like))))
                 elif leaf.kind == 'images':
                     tensors.append(item)
                 elif leaf.kind == 'size':

@@ -176,6 +176,10 @@ class HierarchicalEnsemble(nn.Module):
 
         Returns:
             Feature maps `(B, n * F, H', W')`, member-major.
+
+        Raises:
+            TypeError: `num_members` is not an integer, or `x` no floating point tensor.
+            ValueError: `num_members` is not from 1 to `self.ensemble_size`, or `x` is of another shape.
         """
         return self.blocks[-1].merge(self._forward_blocks(x, self._resolve_num_members(num_members)))
 
@@ -222,8 +226,9 @@ class HierarchicalEnsemble(nn.Module):
             Logits `(B, n, num_classes)`; without a classifier, features `(B, n, F)`.
 
         Raises:
-            TypeError: `num_members` is not an integer.
-            ValueError: `num_members` is not from 1 to `self.ensemble_size`, or the model has no pooling.
+            TypeError: `num_members` is not an integer, or `x` no floating point tensor.
+            ValueError: `num_members` is not from 1 to `self.ensemble_size`, `x` is of another shape, or the model has
+                no pooling.
         """
         num_members = self._resolve_num_members(num_members)
         x = self._forward_blocks(x, num_members)
@@ -240,8 +245,8 @@ class HierarchicalEnsemble(nn.Module):
             Logits `(B, num_classes)`.
 
         Raises:
-            TypeError: `num_members` is not an integer.
-            ValueError: `num_members` is not from 1 to `self.ensemble_size`.
+            TypeError: `num_members` is not an integer, or `x` no floating point tensor.
+            ValueError: `num_members` is not from 1 to `self.ensemble_size`, or `x` is of another shape.
         """
         num_members = self._resolve_num_members(num_members)
         return self._forward_head(self._forward_blocks(x, num_members), num_members)
@@ -287,7 +292,9 @@ class HierarchicalEnsemble(nn.Module):
             asked for, tokens as the base has them; or the latter only.
 
         Raises:
-            ValueError: `output_fmt` is not 'NCHW'.
+            TypeError: `num_members` is not an integer, or `x` no floating point tensor.
+            ValueError: `output_fmt` is not 'NCHW', `num_members` is not from 1 to `self.ensemble_size`, or `x` is of
+                another shape.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")

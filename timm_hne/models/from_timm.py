@@ -19,8 +19,9 @@ from timm.models._input import _get_global_pool
 from ..checks import check_integer, check_number
 from ..tree import MAX_NODES, validate_nodes
 from .cut import CutHead, CutModel, check_model, cut_model
+from .grow import NOISE, grow_weights
 from .replicated import ReplicatedBlock, ReplicatedEnsemble
-from .weights import NOISE, SOURCES, as_names, grow_weights, node_weights
+from .weights import SOURCES, as_names, node_weights
 
 __all__ = ['HNEFromTimm', 'default_nodes', 'hierarchize']
 
@@ -146,6 +147,11 @@ class HNEFromTimm(ReplicatedEnsemble):
         # As if timm had made it by its name
         self._model_args = self.model_args
         self._no_weight_decay = frozenset(getattr(model, 'no_weight_decay', set)())
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        if global_pool:  # what a config.json of the model has to say
+            self.base_args['global_pool'] = self._model_args['global_pool'] = global_pool
 
     @property
     def classifier_names(self) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from timm.models._input import get_model_input_config
 
 from ..tree import validate_nodes
 from .from_timm import HNEFromTimm
-from .weights import NOISE, SOURCES, as_names, build_model
+from .grow import NOISE
+from .weights import SOURCES, as_names, build_model
 
 __all__ = ['hne_from_timm']
 
@@ -134,22 +135,25 @@ def hne_from_timm(
     if isinstance(pretrained_cfg, str):
         raise ValueError(f'hne_from_timm has no weights of its own, got the tag {pretrained_cfg!r}; base takes a tag.')
     cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
-    published = cfg is not None and any(getattr(cfg, key) for key in SOURCES)
-    if not published:  # timm's scripts pass the cfg below
+    if cfg is None or cfg.source not in ('hf-hub', 'local-dir'):
+        # Timm's scripts pass what is registered below, with what an overlay changes.
+        registered = vars(get_pretrained_cfg('hne_from_timm'))
+        changes = {key: value for key, value in vars(cfg or PretrainedCfg()).items() if value != registered.get(key)}
         if kwargs.get('nodes') is not None:
             validate_nodes(kwargs['nodes'])
-        cfg = _cfg_of(base, kwargs.get('nodes'))
+        cfg = replace(_cfg_of(base, kwargs.get('nodes')), **(changes if cfg else {}))
         if not cfg.num_classes and 'num_classes' not in kwargs:
             raise ValueError(f'base {base} has no classifier, num_classes must be given.')
     if kwargs.get('img_size') is not None:
         size = kwargs['img_size']
         size = (size, size) if isinstance(size, int) else tuple(size)
         overlay['input_size'] = (kwargs.get('in_chans', cfg.input_size[0]), *size)
-    of_ensemble = pretrained and (published or any(overlay.get(key) for key in SOURCES))
+    of_ensemble = pretrained and any(getattr(cfg, key) or overlay.get(key) for key in SOURCES)
     if of_ensemble:
         kwargs['init'] = 'copy'  # all weights are replaced
-    if 'grow_noise' in kwargs:  # as the other models call it
-        kwargs['noise'] = kwargs.pop('grow_noise')
+    for name in ('noise', 'seed'):
+        if f'grow_{name}' in kwargs:  # as the other models call it
+            kwargs.setdefault(name, kwargs.pop(f'grow_{name}'))
     create = functools.partial(
         from_name, base_pretrained=pretrained and not of_ensemble, cache_dir=None if of_ensemble else cache_dir)
     if features_only:
@@ -160,7 +164,8 @@ def hne_from_timm(
             out_indices = range(len(from_name(base, **{**probe, 'device': 'meta'}).blocks))
         kwargs.update(features_only=True, out_indices=out_indices, feature_cls='getter')
     model = build_model(
-        create, 'hne_from_timm', of_ensemble, cfg, overlay, cache_dir, kwargs.get('noise', NOISE), base=base, **kwargs)
+        create, 'hne_from_timm', of_ensemble, cfg, overlay, cache_dir, kwargs.get('noise', NOISE),
+        kwargs.get('seed', 0), base=base, **kwargs)
     if isinstance(model, HNEFromTimm):
         model.pretrained_cfg.update(model.own_names, input_size=get_model_input_config(model)['input_size'])
     return model

@@ -135,7 +135,7 @@ class BranchedConv2d(nn.Conv2d):
     def convolve_nodes(self, x: torch.Tensor, span: Optional[Tuple[int, int]]) -> torch.Tensor:
         """Compute the nodes of `span`, all if None."""
         if span is None:
-            return F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         start, stop = span
         branching = self.nodes // self.parents
         # Parents whose children are all asked for share one convolution; the span may cut the family of the first and
@@ -157,9 +157,11 @@ class BranchedConv2d(nn.Conv2d):
     def convolve(self, x: torch.Tensor, first: int, last: int, parents: int) -> torch.Tensor:
         """Compute the nodes `first` to `last - 1` from their parents, all of which have the same number of children."""
         out_channels = self.out_channels // self.nodes
-        weight = self.weight[first * out_channels:last * out_channels]
+        weight, bias = self.weight[first * out_channels:last * out_channels], self.bias
+        if bias is not None:  # where a batch normalisation is folded into the layer
+            bias = bias[first * out_channels:last * out_channels]
         groups = parents * (self.groups // self.parents)
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, parents={self.parents}, nodes={self.nodes}'

@@ -186,10 +186,13 @@ class ReplicatedEnsemble(HierarchicalEnsemble):
             global_pool: timm's name of a pooling, '' for none; as it is if None.
 
         Raises:
+            TypeError: `num_classes` is not an integer.
             ValueError: `num_classes` is negative, a classifier is asked for with `global_pool=''`, or the heads were
                 removed with the blocks before them.
         """
         check_integer('num_classes', num_classes, 0)
+        if global_pool is None and not num_classes and not self.poolings:
+            global_pool = ''
         if not len(self.heads) and (num_classes or global_pool != ''):
             raise ValueError(f'The heads were removed with the last blocks, got num_classes={num_classes}.')
         if num_classes and global_pool == '':

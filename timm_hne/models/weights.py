@@ -1,7 +1,6 @@
 """Weights that fit a model: built by timm, read and checked by `timm_hne.pretrained`, cut or grown to fit here."""
 import inspect
 import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -13,12 +12,12 @@ from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained, re
 
 from ..pretrained import CONFIG_NAME, available_weights, check_config, read_weights
 from .frontier import check_tree
+from .grow import NOISE, grow_weights
 
-__all__ = ['NOISE', 'build_model', 'fit_weights', 'grow_nodes', 'grow_weights', 'load_grown']
+__all__ = ['build_model', 'fit_weights', 'load_grown']
 
 # Where weights come from, in a cfg.
 SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
-NOISE = 0.3  # of a copy, relative to the root mean square of the tensor; benchmarks/branching.py
 
 
 def build_model(
@@ -29,6 +28,7 @@ def build_model(
         pretrained_cfg_overlay: dict | None = None,
         cache_dir: str | PathLike | None = None,
         grow_noise: float = NOISE,
+        grow_seed: int = 0,
         **kwargs,
 ) -> nn.Module:
     """Build a model as timm's `build_model_with_cfg` does, with weights whose digest was checked.
@@ -41,6 +41,7 @@ def build_model(
         pretrained_cfg_overlay: Entries that replace those of `pretrained_cfg`.
         cache_dir: Cache of the Hugging Face client, its own choice if None.
         grow_noise: Standard deviation of the noise if the weights are those of a smaller tree; see `fit_weights`.
+        grow_seed: Seed of that noise.
         **kwargs: The other arguments of `build_model_with_cfg` and of the model.
 
     Raises:
@@ -51,7 +52,7 @@ def build_model(
         OSError: The file is neither in the cache nor within reach.
     """
     model_args = kwargs.get('pretrained_model_args') or {}  # from config.json, which anybody may have written
-    allowed = set(inspect.signature(model_cls).parameters) - {'device', 'dtype'}
+    allowed = set(inspect.signature(model_cls).parameters) - {'device', 'dtype'} | {'grow_noise', 'grow_seed'}
     if unknown := sorted(model_args.keys() - allowed):
         raise ValueError(f'model_args in {CONFIG_NAME} may hold {sorted(allowed)}, got {unknown} as well.')
     if not pretrained:
@@ -86,7 +87,7 @@ def build_model(
         meta = model_cls(**on_meta)
         meta.pretrained_cfg = vars(cfg)
         stored = recorded if config is not None else _as_stored(cfg, weights, meta)
-        fitted = fit_weights(weights, meta, stored, grow_noise)
+        fitted = fit_weights(weights, meta, stored, grow_noise, grow_seed)
         source = dict(
             state_dict=fitted,
             num_classes=stored.num_classes,
@@ -138,8 +139,10 @@ def _check_sizes(
         for name, stated in ('num_classes', cfg.num_classes), ('in_chans', cfg.input_size[0]):
             if model_args.get(name, stated) != stated:
                 raise ValueError(f'{name} is {model_args[name]!r} as well as {stated}.')
-        stated = {**on_meta, **model_args, 'num_classes': cfg.num_classes, 'in_chans': cfg.input_size[0]}
-        stated.pop('num_members', None)  # chosen by who loads
+        stated = {key: value for key, value in on_meta.items() if key != 'global_pool'}  # chosen by who loads
+        stated.update(model_args, num_classes=cfg.num_classes, in_chans=cfg.input_size[0])
+        for name in ('num_members', 'grow_noise', 'grow_seed'):  # chosen too, or done
+            stated.pop(name, None)
         nodes = model_args.get('nodes')
         counted = isinstance(nodes, (list, tuple))
         if counted:
@@ -147,8 +150,11 @@ def _check_sizes(
             stated['nodes'] = (1,) * len(nodes)
         model = model_cls(**stated)
         found = {name: len(parts) for name, parts in node_weights(weights, model).items()}
-        if counted and list(nodes) != [found.get(f'blocks.{b}') for b in range(len(nodes))]:
-            raise ValueError(f'nodes is {nodes}, the weights have {found}.')
+        if counted:  # a block of poolings has no weights; if it is the last, the heads tell
+            counts = [found.get(f'blocks.{b}', count) for b, count in enumerate(nodes)]
+            counts.append(found.get('heads', found.get(f'blocks.{len(nodes) - 1}')))
+            if [*nodes, nodes[-1]] != counts:
+                raise ValueError(f'nodes is {nodes}, the weights have {found}.')
         fit_weights(weights, model, cfg)
     except Exception as error:  # whatever a constructor makes of junk
         reason = str(error).partition('\n')[0]
@@ -171,16 +177,24 @@ def read_sizes(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, 
     """
     weights = _of_members(weights, model)
     parts = node_weights({key: weight for key, weight in weights.items() if key.startswith('blocks.')}, model)
-    nodes = tuple(len(parts[f'blocks.{b}']) for b in range(len(model.nodes)))
     classifier = f'{model.classifier_names[0]}.weight'
-    members = 1 if classifier.startswith('heads.') else nodes[-1]
+    replicated = classifier.startswith('heads.')
+    nodes = [1]
+    for b, block in enumerate(model.blocks):
+        name = f'blocks.{b}'
+        if name in parts or block.state_dict():
+            nodes.append(len(parts[name]))
+        else:  # a block without weights, of poolings
+            last = replicated and b == len(model.nodes) - 1
+            nodes.append(len({key.split('.')[1] for key in weights if key.startswith('heads.')}) if last else nodes[-1])
+    members = 1 if replicated else nodes[-1]
     num_classes, rest = divmod(len(weights[classifier]), members)
     if rest:
         raise ValueError(f'{classifier} has {rest} rows more than {members} members with {num_classes} classes have.')
-    sizes = {'nodes': nodes, 'num_classes': num_classes}
+    sizes = {'nodes': tuple(nodes[1:]), 'num_classes': num_classes}
     stem = next((f'{name}.weight' for name in as_names(model.pretrained_cfg['first_conv'])), None)
     if stem is not None and weights[stem].dim() == 4:
-        sizes['in_chans'] = weights[stem].shape[1]
+        sizes['in_chans'] = weights[stem].shape[1] * model.in_chans // model.state_dict()[stem].shape[1]
     return sizes
 
 
@@ -208,80 +222,15 @@ def node_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str
     return nodes
 
 
-def grow_nodes(
-        nodes: Sequence[dict[str, torch.Tensor]],
-        count: int,
-        siblings: int,
-        parameters: set[str],
-        name: str,
-        noise: float = NOISE,
-        seed: int = 0,
-) -> list[dict[str, torch.Tensor]]:
-    """Return the weights of more nodes: each node and its copies side by side, where its children would be.
-
-    Copies of the same weights get the same gradients and never part, so there is noise, of their own, in those that
-    have an elder sibling. A first child has none: where its parent is a copy, that has parted from its own already.
-
-    Args:
-        nodes: Weights of each node.
-        count: Number of nodes to make, a multiple of those that there are.
-        siblings: Number of nodes that have the same parent.
-        parameters: Names of the tensors that get noise; those of statistics and indices must not.
-        name: Name of the part; with the seed and the number of the node it decides the noise.
-        noise: Standard deviation of the noise, relative to the root mean square of the tensor.
-        seed: Seed of the noise.
-    """
-    family = count // len(nodes)
-    grown = []
-    for node in range(count):
-        weights = dict(nodes[node // family])
-        if noise and node % family and node % siblings:
-            generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name} {node}'.encode()))
-            for key in sorted(parameters & weights.keys()):
-                tensor = weights[key]
-                if tensor.is_meta or not tensor.is_floating_point():
-                    continue
-                random = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-                scale = noise * tensor.detach().float().square().mean().sqrt()
-                weights[key] = (tensor.detach().float() + scale * random).to(tensor.dtype)
-        grown.append(weights)
-    return grown
-
-
-def grow_weights(
-        stored: dict[str, list[dict[str, torch.Tensor]]],
-        model: nn.Module,
-        noise: float = NOISE,
-        seed: int = 0,
-) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """Return the weights of a smaller tree as those of a larger one: every member starts as one that there is.
-
-    Args:
-        stored: Weights of every node of every part, as `node_weights` returns them.
-        model: The larger tree. The nodes of each of its parts are a multiple of those stored.
-        noise: Standard deviation of the noise of copies, relative to the root mean square of a tensor.
-        seed: Seed of the noise.
-    """
-    grown = {}
-    parents = 1  # nodes that noise has parted
-    for name, part in model.parts().items():
-        if name in stored:
-            one_node = part.split_state(dict(part.named_parameters()))
-            parameters = set(one_node[0]) if one_node else set()
-            grown[name] = grow_nodes(
-                stored[name], part.nodes, part.nodes // parents, parameters, name, noise, seed)
-            if parameters:  # a pooling, for one, has none
-                parents = part.nodes
-    return grown
-
-
-def load_grown(model: nn.Module, weights: Mapping[str, torch.Tensor], noise: float = NOISE) -> None:
+def load_grown(
+        model: nn.Module, weights: Mapping[str, torch.Tensor], noise: float = NOISE, seed: int = 0) -> None:
     """Load weights of the same architecture, classes and images: of the same tree, or of a smaller or a larger one.
 
     Args:
         model: Any `hne_*` model.
         weights: Tensors by their names; see `fit_weights`.
         noise: Standard deviation of the noise of copies, relative to the root mean square of a tensor.
+        seed: Seed of the noise.
 
     Raises:
         TypeError: `model` is no hierarchical ensemble.
@@ -289,7 +238,7 @@ def load_grown(model: nn.Module, weights: Mapping[str, torch.Tensor], noise: flo
     """
     check_tree(model, itself=True)
     own = PretrainedCfg(num_classes=model.num_classes, input_size=(model.in_chans, 0, 0))
-    model.load_state_dict(fit_weights(dict(weights), model, own, noise))
+    model.load_state_dict(fit_weights(dict(weights), model, own, noise, seed))
 
 
 def fit_weights(
@@ -297,6 +246,7 @@ def fit_weights(
         model: nn.Module,
         cfg: PretrainedCfg,
         noise: float = NOISE,
+        seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Return weights for every node of a model from a checkpoint of the same architecture.
 
@@ -309,6 +259,7 @@ def fit_weights(
         model: Any `hne_*` model, also on the meta device.
         cfg: Configuration of the weights.
         noise: Standard deviation of the noise of copies, relative to the root mean square of a tensor.
+        seed: Seed of the noise.
 
     Raises:
         ValueError: The weights are those of another model, or of a tree that does not begin with the model's and from
@@ -327,11 +278,13 @@ def fit_weights(
     parts = model.parts()
     stored_nodes = {name: len(nodes) for name, nodes in stored.items()}
     nodes = tuple(stored_nodes.get(f'blocks.{b}', count) for b, count in enumerate(model.nodes))
+    if f'blocks.{len(nodes) - 1}' not in stored_nodes:  # of poolings, which have no weights
+        nodes = *nodes[:-1], stored_nodes.get('heads', nodes[-1])
     heads = {name: count for name, count in stored_nodes.items() if name in model.head_parts()}
     whole = all(count == nodes[-1] for count in heads.values())
     grows = nodes != model.nodes and all(not count % own for own, count in zip(nodes, model.nodes))
     if whole and grows:
-        stored = grow_weights(stored, model, noise)
+        stored = grow_weights(stored, model, noise, seed)
 
     # What belongs to no part is fitted as it is.
     prefixes = tuple(f'{name}.' for name in parts)
@@ -357,8 +310,8 @@ def fit_weights(
     wrong = []
     for name, tensor in fitted.items():
         shape = target[name].shape
-        if name in stems:
-            shape = torch.Size((shape[0], cfg.input_size[0], *shape[2:]))
+        if name in stems and len(shape) == 4:  # some take the pixels of a patch as channels
+            shape = torch.Size((shape[0], shape[1] * cfg.input_size[0] // model.in_chans, *shape[2:]))
         if tensor.shape != shape or tensor.is_floating_point() != target[name].is_floating_point():
             wrong.append(
                 f'{name} {tensor.dtype} {tuple(tensor.shape)} instead of {target[name].dtype} {tuple(shape)}')

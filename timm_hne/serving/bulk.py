@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..checks import check_integer
-from ..files import write_file, write_text
+from ..files import printable, write_file, write_text
 from ..images import find_images
 from ..pretrained import digest, state_digest
 from ..tree import validate_num_members
@@ -54,10 +54,6 @@ class Bulk:
             return digest(json.dumps(model.runtime.manifest).encode())
         return state_digest(model.state_dict())
 
-    def open(self) -> 'Predictor':
-        """Open the model."""
-        return Predictor(self)
-
 
 class Predictor:
     """Makes rows of images; Ray Data has one in each of its processes.
@@ -74,15 +70,12 @@ class Predictor:
         self.num_members = size if bulk.num_members is None else validate_num_members(bulk.num_members, size)
         self.bulk = bulk
 
-    def load(self, paths: Sequence[str]) -> list[torch.Tensor | str]:
-        """Return the image of each path, or what is wrong with it."""
-        return [self._load(path) for path in paths]
-
-    def _load(self, path: str) -> torch.Tensor | str:
+    def load(self, path: str) -> torch.Tensor | str:
+        """Return the image of a path, or what is wrong with it."""
         try:
             return self.classifier.image(path)
         except (OSError, ValueError) as error:
-            return _text(' '.join(str(error).split()))
+            return printable(' '.join(str(error).split()))
 
     def rows(self, names: Sequence[str], images: Sequence[torch.Tensor | str]) -> list[Row]:
         """Return a row for each image, also for those that cannot be read."""
@@ -103,7 +96,7 @@ class Predictor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Do the same for a batch of Ray Data, of which 'path' are the files and 'name' their names."""
-        rows = self.rows(batch['name'], self.load(batch['path']))
+        rows = self.rows(batch['name'], [*map(self.load, batch['path'])])
         return {'row': [json.dumps(row) for row in rows]}
 
 
@@ -115,11 +108,11 @@ def local_rows(bulk: Bulk, files: Sequence[tuple[str, str]], workers: int | None
         files: Names and paths.
         workers: Number of threads that load images; that of the cores if None.
     """
-    predictor = bulk.open()
+    predictor = Predictor(bulk)
     batches = [files[i:i + bulk.batch_size] for i in range(0, len(files), bulk.batch_size)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         def load(batch: Sequence[tuple[str, str]]) -> list:
-            return [pool.submit(predictor._load, path) for _, path in batch]
+            return [pool.submit(predictor.load, path) for _, path in batch]
 
         following = load(batches[0]) if batches else []
         for batch, after in zip(batches, [*batches[1:], ()]):
@@ -278,10 +271,10 @@ def predict_folder(
         ValueError: An argument is wrong; see `Table` too.
     """
     folder = Path(folder)
-    files = {_text(path.relative_to(folder)): str(path) for path in find_images(folder)}
+    files = {printable(path.relative_to(folder)): str(path) for path in find_images(folder)}
     # How many images at a time, and where, changes no row.
     settings = {key: value for key, value in asdict(bulk).items() if key not in ('batch_size', 'device')}
-    table = Table(output, {'folder': _text(folder.resolve()), 'weights': bulk.weights_digest(), **settings})
+    table = Table(output, {'folder': printable(folder.resolve()), 'weights': bulk.weights_digest(), **settings})
     try:
         with FileLock(table.parts / 'lock', timeout=0):
             return _fill(table, files, bulk, rows_of, workers, part_size, progress)
@@ -307,8 +300,3 @@ def _fill(table: Table, files: dict[str, str], bulk: Bulk, rows_of, workers, par
                 table.append(pending)
     table.finish()
     return len(done) + len(left)
-
-
-def _text(path: str | Path) -> str:
-    """Return a path, or a sentence with one in it, as text that any table can hold, whatever the bytes are."""
-    return os.fsencode(path).decode('utf-8', 'backslashreplace')

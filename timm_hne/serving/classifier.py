@@ -211,9 +211,8 @@ class Classifier:
     def image(self, source: bytes | str | os.PathLike | Image.Image) -> torch.Tensor:
         """Read an image, turn it upright and prepare it as the model expects it.
 
-        Of an animation the first frame is taken, of 16 bits the upper 8; other modes become the channels of the model,
-        but 32-bit and floating-point numbers are refused.
-        Nothing is decoded of an image that is too large.
+        Of an animation the first frame is taken, of 12 or 16 bits the upper 8; other modes become the channels of the
+        model, but 32-bit and floating-point numbers are refused. Nothing is decoded of an image that is too large.
 
         Args:
             source: The bytes of a file in one of `FORMATS`, its path, or an image of Pillow's.
@@ -232,6 +231,8 @@ class Classifier:
                 self._check_size(source.size)
                 copy = source.copy()  # it is turned in place
                 copy.format = source.format
+                if hasattr(source, 'tag_v2'):
+                    copy.tag_v2 = source.tag_v2
                 image = convert_image(copy, self._mode)
             elif isinstance(source, (bytes, bytearray, memoryview)):
                 if not source:

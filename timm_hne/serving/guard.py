@@ -29,14 +29,9 @@ class Refused(Exception):
         self.reason = reason
 
 
-def error_body(message: str) -> bytes:
-    """Return the JSON of an error."""
-    return json.dumps({'error': message}).encode()
-
-
 async def send_error(send, status: int, message: str) -> None:
     """Answer a request with an error in JSON, by ASGI."""
-    body = error_body(message)
+    body = json.dumps({'error': message}).encode()
     headers = [(b'content-type', b'application/json'), (b'content-length', str(len(body)).encode())]
     if status == 503:
         headers.append((b'retry-after', b'1'))

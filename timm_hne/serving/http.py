@@ -108,6 +108,7 @@ class Application:
         return JSONResponse({**answer, 'milliseconds': round(1000 * seconds, 3)})
 
     async def _answer(self, request: Request, begin: float) -> dict[str, Any]:
+        arrived = time.perf_counter()
         try:
             options = read_options(
                 request.query_params.multi_items(), self.classifier.ensemble_size, self.classifier.num_classes)
@@ -122,19 +123,24 @@ class Application:
             raise Refused(503, f'deadline={target:.3g} s is too short for any number of members.', 'deadline')
         queued = self._decoders.locked()
         image = await self._decode(await request.body(), begin + target)
+        # What is left of the time of a request that nobody else has kept waiting.
+        alone = target - (time.perf_counter() - arrived)
         try:
             future = self.runner.submit(image, age=time.perf_counter() - begin, **options)
             self.metrics.queue.set(self.runner.waiting)
             # If the client goes away, so does its request, unless it is being computed.
             logits, num_members = await asyncio.wrap_future(future)
         except DeadlineTooShort as error:
-            raise Refused(503, str(error), 'overloaded' if queued else 'deadline') from error
+            hopeless = not queued and self.runner.policy.would_be_late(0, None, alone)
+            raise Refused(503, str(error), 'deadline' if hopeless else 'overloaded') from error
         except Overloaded as error:
             raise Refused(503, str(error), 'overloaded') from error
         except ShutDown as error:
             raise Refused(503, str(error), 'shut_down') from error
         except Exception as error:  # whatever a model raises; the runner has logged it
             raise Refused(500, 'the model failed.', 'failed') from error
+        if not logits.isfinite().all():  # which JSON has no words for
+            raise Refused(500, 'the model failed.', 'failed')
         classes = [label._asdict() for label in self.classifier.top(logits, num_members, top_k)]
         return {'classes': classes, 'num_members': num_members}
 
@@ -156,7 +162,7 @@ class Application:
     async def health(self, request: Request) -> Response:
         """Tell whether requests are taken."""
         if self.runner.closed:
-            return JSONResponse({'status': 'shutting down'}, 503)
+            return JSONResponse({'error': 'the service is shutting down.'}, 503)
         return JSONResponse({
             'status': 'ok', 'members': self.classifier.ensemble_size, 'classes': self.classifier.num_classes,
             'engine': self.classifier.engine, 'latency_target_ms': 1000 * self.runner.policy.latency_target,

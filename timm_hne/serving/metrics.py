@@ -67,7 +67,7 @@ class Metrics(Refusals):
         folder = os.environ.get(FOLDER)
         if not folder:
             return generate_latest(self.registry)
-        for path in Path(folder).glob('gauge_live*_*.db'):
+        for path in Path(folder).glob('gauge_live*_*.db') if os.name == 'posix' else ():  # elsewhere 0 is a signal
             pid = int(path.stem.rpartition('_')[2])
             try:
                 os.kill(pid, 0)

@@ -20,7 +20,8 @@ from timm.utils import CheckpointSaver, NativeScaler, load_checkpoint_metadata
 
 from ..models.create import create_ensemble
 from ..models.ensemble import HierarchicalEnsemble
-from ..models.weights import NOISE, load_grown, read_sizes
+from ..models.grow import NOISE
+from ..models.weights import load_grown, read_sizes
 from ..pretrained import read_folder
 from .recipe import FREE_KEYS, TrainConfig, image_preparation, in_phase, recipe_of, so_far
 from .summary import Summary
@@ -122,7 +123,7 @@ class RunCheckpoint:
         except Exception as error:  # whatever PyTorch makes of damaged files
             raise ValueError(f'{argument} {path} cannot be read: {error}') from error
         if args.get('in_memory'):  # older versions wrote what was not applied
-            args |= {'color_jitter': 0., 'crop_pct': image_preparation(True, args.get('crop_pct'))['crop_pct']}
+            args |= {'color_jitter': 0., 'crop_pct': 1.}
         return cls(path, argument, content.get('arch'), content.get('epoch'), args)
 
     def _check_sums(self) -> None:
@@ -195,18 +196,19 @@ class RunCheckpoint:
             raise ValueError(f'{self.argument} {self.path} cannot be read: {error}') from error
         return weights
 
-    def load_into(self, model: HierarchicalEnsemble, noise: float = NOISE) -> None:
+    def load_into(self, model: HierarchicalEnsemble, noise: float = NOISE, seed: int = 0) -> None:
         """Load the weights into a model, which may have more nodes, or fewer; see `timm_hne.models.weights.load_grown`.
 
         Args:
             model: Any `hne_*` model.
             noise: Standard deviation of the noise of copies, relative to the root mean square of a tensor.
+            seed: Seed of the noise.
 
         Raises:
             ValueError: They are those of another model.
         """
         try:
-            load_grown(model, self.weights(), noise)
+            load_grown(model, self.weights(), noise, seed)
         except ValueError as error:
             raise ValueError(
                 f'{self.argument} {self.path} is of another architecture, other nodes or classes: {error}') from error

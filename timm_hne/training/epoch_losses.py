@@ -2,6 +2,7 @@
 import math
 
 import torch
+from timm.utils import reduce_tensor
 
 __all__ = ['EpochLosses', 'NonFiniteLossError']
 
@@ -44,3 +45,10 @@ class EpochLosses:
         self.count += len(self.unread)
         self.unread.clear()
         return dict(zip(self.names, (self.total / self.count).tolist()))
+
+    def of_all_processes(self, world_size: int, device: torch.device) -> dict[str, float]:
+        """Return the mean losses that were read, over all processes, which have equally many."""
+        mean = self.total / self.count
+        if world_size > 1:
+            mean = reduce_tensor(mean.to(device), world_size)
+        return dict(zip(self.names, mean.tolist()))

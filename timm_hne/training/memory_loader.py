@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from .datasets import ImageSubset
 
-__all__ = ['ImageSizeError', 'MemoryLoader', 'load_into_memory']
+__all__ = ['ImageSizeError', 'MemoryLoader', 'collate', 'load_into_memory']
 
 
 class ImageSizeError(ValueError):
@@ -42,10 +42,10 @@ def load_into_memory(
     Raises:
         ValueError: An image has another size, and none is to be resized.
     """
-    collate = partial(_collate, img_size=img_size, resize=resize)
+    join = partial(collate, img_size=img_size, resize=resize)
     images = labels = None
     start = 0
-    for pixels, classes in DataLoader(dataset, batch_size=512, num_workers=num_workers, collate_fn=collate):
+    for pixels, classes in DataLoader(dataset, batch_size=512, num_workers=num_workers, collate_fn=join):
         if images is None:
             # The layout of a `MemoryLoader`: there is one copy of the images at any time.
             shape = len(dataset), *pixels.shape[1:]
@@ -59,7 +59,8 @@ def load_into_memory(
     return images, labels
 
 
-def _collate(batch: list, img_size: int, resize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(batch: list, img_size: int, resize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join images as `load_into_memory` keeps them."""
     images = []
     for image, _ in batch:
         pixels = torch.from_numpy(np.array(image))

@@ -8,7 +8,7 @@ from timm.scheduler.scheduler import Scheduler
 
 from .recipe import TrainConfig
 
-__all__ = ['CyclicLRScheduler', 'create_scheduler']
+__all__ = ['CyclicLRScheduler', 'create_scheduler', 'learning_rate']
 
 
 class CyclicLRScheduler(Scheduler):
@@ -62,7 +62,7 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, upda
             optimizer,
             milestones=config.decay_milestones,
             decay_rate=config.decay_rate,
-            warmup_t=round(config.warmup_epochs),
+            warmup_t=int(config.warmup_epochs),
         )
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -77,3 +77,8 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, upda
         updates_per_epoch=updates_per_epoch,
     )
     return scheduler
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the present rate of the layers whose rate is not scaled down."""
+    return max(group['lr'] / (group.get('lr_scale') or 1.) for group in optimizer.param_groups)

@@ -1,6 +1,7 @@
 """What a run is built of: its data and its model, checked against each other before any epoch."""
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 import torch.nn as nn
@@ -10,9 +11,10 @@ from timm.optim import create_optimizer_v2
 from torch.utils.data import Dataset, IterableDataset
 
 from ..models.ensemble import HierarchicalEnsemble
-from ..models.weights import NOISE, load_grown
+from ..models.weights import load_grown
 from .checkpoint import RunCheckpoint
 from .datasets import create_datasets
+from .memory_loader import collate
 from .recipe import TrainConfig, image_preparation
 from .scheduler import create_scheduler
 from .trackers import BestCheckpoint
@@ -82,8 +84,9 @@ def check_phases(config: TrainConfig, num_classes: int, train_set: Dataset, worl
 
     Raises:
         TypeError: A phase has arguments that its optimizer does not take.
-        ValueError: The images of a phase are fewer than one update takes, its tree cannot grow out of the one before,
-            its optimizer or its schedule is none, or the last has no `best_members`.
+        ValueError: The images of a phase are fewer than one update takes, or of another size than it keeps in memory,
+            its tree cannot grow out of the one before, its optimizer or its schedule is none, or the last has no
+            `best_members`.
     """
     before = None
     for number, (_, part) in enumerate(config.split(), start=1):
@@ -94,8 +97,8 @@ def check_phases(config: TrainConfig, num_classes: int, train_set: Dataset, worl
                 f'batch_size {part.batch_size} * grad_accum_steps {part.grad_accum_steps} * {world_size} process(es) '
                 f'exceeds the {len(train_set)} training images: give a smaller batch_size {where}.')
         model = _create_model(part, num_classes, device='meta')
-        if not isinstance(model, HierarchicalEnsemble):
-            return  # which is said when it is created
+        if before is not None and part.in_memory and part.img_size is None:
+            collate([train_set[0]], resolve_data_config(model=model)['input_size'][-1], resize=False)
         create_scheduler(create_optimizer(model, part), part, updates_per_epoch=1)
         if before is not None:
             load_grown(model, before.state_dict(), part.grow_noise)
@@ -120,9 +123,9 @@ def _create_model(config: TrainConfig, num_classes: int, **kwargs) -> nn.Module:
     overlay = {name: getattr(config, name) for name in ('mean', 'std') if getattr(config, name) is not None}
     if config.img_size is not None:  # which decides the sizes of some bases
         overlay['input_size'] = (config.in_chans, config.img_size, config.img_size)
-    if kwargs.get('pretrained') and config.grow_noise != NOISE:
-        kwargs['grow_noise'] = config.grow_noise
-    return create_model(
+    if kwargs.get('pretrained'):
+        kwargs.update(grow_noise=config.grow_noise, grow_seed=config.seed)
+    model = create_model(
         config.model,
         num_classes=num_classes,
         in_chans=config.in_chans,
@@ -130,6 +133,11 @@ def _create_model(config: TrainConfig, num_classes: int, **kwargs) -> nn.Module:
         **kwargs,
         **config.model_kwargs,
     )
+    if not isinstance(model, HierarchicalEnsemble):
+        raise TypeError(
+            f'objective {config.objective!r} needs a hierarchical ensemble as its model, {config.model!r} is a '
+            f'{type(model).__name__}. Other models are trained by timm\'s own train.py.')
+    return model
 
 
 def create_trained_model(
@@ -147,16 +155,15 @@ def create_trained_model(
         resumed: Load no weights to start from, a checkpoint of the run has its own.
     """
     model = _create_model(config, num_classes, pretrained=config.pretrained and weights is None and not resumed)
-    if not isinstance(model, HierarchicalEnsemble):
-        raise TypeError(
-            f'objective {config.objective!r} needs a hierarchical ensemble as its model, {config.model!r} is a '
-            f'{type(model).__name__}. Other models are trained by timm\'s own train.py.')
     if weights is not None:
-        load_grown(model, weights, config.grow_noise)
+        load_grown(model, weights, config.grow_noise, config.seed)
     elif config.initial_checkpoint and not resumed:
-        RunCheckpoint.read(config.initial_checkpoint, 'initial_checkpoint').load_into(model, config.grow_noise)
+        checkpoint = RunCheckpoint.read(config.initial_checkpoint, 'initial_checkpoint')
+        checkpoint.load_into(model, config.grow_noise, config.seed)
     data_config = resolve_data_config({'in_chans': config.in_chans, 'crop_pct': config.crop_pct}, model=model)
     for name in ('mean', 'std'):
+        if config.in_chans == 1 and getattr(config, name) is None:  # timm adds up the weights of the channels
+            data_config[name] = (fmean(data_config[name]),)
         if len(data_config[name]) != config.in_chans:
             raise ValueError(f'{name} must have {config.in_chans} value(s), as in_chans, got {data_config[name]}.')
     return model, replace(

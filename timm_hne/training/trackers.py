@@ -1,4 +1,6 @@
 """What follows a run besides its CSV file: TensorBoard, Weights & Biases or MLflow, and the best of its checkpoints."""
+import logging
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +10,8 @@ from ..files import write_file
 from ..tree import prefixes
 
 __all__ = ['LOGS', 'BestCheckpoint', 'open_tracker']
+
+_logger = logging.getLogger(__name__)
 
 
 class _TensorBoard:
@@ -124,14 +128,19 @@ class BestCheckpoint:
                 f'got {self.key.rpartition("_")[2]}.')
 
     def save(self, epoch: int, last: Path) -> None:
-        """Copy the checkpoint that was just written unless the one that is kept is better.
+        """Copy the checkpoint that was just written unless the one that is kept is better, or `rows` does not tell.
 
         Args:
             epoch: Its epoch, of which `rows` has the row.
             last: The checkpoint.
         """
         accuracies = {e: float(row[self.key]) for e, row in self.rows.items() if row.get(self.key) not in (None, '')}
-        if epoch in accuracies and epoch != self.kept and accuracies[epoch] >= accuracies.get(self.kept, 0.):
+        best = 0. if self.kept is None else accuracies.get(self.kept, math.inf)
+        if self.key is not None and best == math.inf:
+            _logger.warning(
+                f'{last.with_name(self.NAME)} is of epoch {self.kept + 1}, whose accuracy is not known: it stays. '
+                'Move it away for later ones to be kept.')
+        if epoch in accuracies and epoch != self.kept and accuracies[epoch] >= best:
             for left in last.parent.glob(f'.*.{self.NAME}'):  # of a copy that was killed
                 left.unlink()
             write_file(last.with_name(self.NAME), lambda path: shutil.copyfile(last, path))

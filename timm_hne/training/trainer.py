@@ -1,6 +1,6 @@
 """Training of hierarchical neural ensembles, built from timm's parts.
 
-`train(TrainConfig(...))` is all there is: `timm-hne demo` and `train_scripts/train.py` call it.
+`train(TrainConfig(...))` is all there is: `timm-hne train` and `timm-hne demo` call it.
 """
 import itertools
 import logging
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.task import evaluation_sample_limit
-from timm.utils import NativeScaler, distribute_bn, init_distributed_device, random_seed
+from timm.utils import NativeScaler, distribute_bn, random_seed
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
@@ -31,8 +31,9 @@ from ..tree import prefixes
 from .checkpoint import CheckpointWriter, RunCheckpoint
 from .epoch_losses import EpochLosses, NonFiniteLossError
 from .loader import create_image_loader, seed_epoch
+from .processes import join
 from .recipe import TrainConfig, recipe_of
-from .scheduler import create_scheduler
+from .scheduler import create_scheduler, learning_rate
 from .setup import check_phases, create_optimizer, create_trained_model, open_data
 from .summary import Summary
 from .task import HNETask
@@ -82,6 +83,7 @@ def train(config: TrainConfig, keep_memory: bool = False) -> TrainResult:
         FileNotFoundError: The data are not there.
         FileExistsError: `output_dir` holds another run, or one that is going on.
         NonFiniteLossError: The loss became infinite or not a number. The last checkpoint, if any, is from before.
+        RuntimeError: A process of `torchrun` has trained before.
         TypeError: The model is no hierarchical ensemble.
         ValueError: The data, the checkpoint and the configuration do not fit together.
     """
@@ -89,7 +91,7 @@ def train(config: TrainConfig, keep_memory: bool = False) -> TrainResult:
     if name.startswith('cuda') and not torch.cuda.is_available():
         raise ValueError(f'device must be one that PyTorch finds, got {name!r}; it finds no CUDA.')
     world = SimpleNamespace(device=name)
-    device = init_distributed_device(world)
+    device = join(world)
     if keep_memory and device.type == 'cpu':
         keep_freed_memory()
     try:
@@ -310,6 +312,7 @@ class _Phase:
                 images, target = batch
                 self._backward(images, target, accumulated == config.grad_accum_steps, losses, step)
             step += 1
+            self.lr = learning_rate(self.optimizer)
             task.update_ema(step=step)
             self.scheduler.step_update(step)
             if (update + 1) % config.log_interval == 0 or update + 1 == self.updates_per_epoch:
@@ -319,7 +322,7 @@ class _Phase:
                 bar.set_postfix_str(f'loss {mean["loss"]:.4g}, {speed:.0f} images/s')
         if hasattr(self.optimizer, 'sync_lookahead'):
             self.optimizer.sync_lookahead()
-        return {**mean, 'images_per_second': speed}
+        return {**losses.of_all_processes(self.world_size, self.device), 'images_per_second': speed}
 
     def _backward(self, images, target, update: bool, losses: EpochLosses, step: int) -> None:
         """Add a batch's gradients, and update the weights if it is the last of its update."""
@@ -331,7 +334,7 @@ class _Phase:
         with nullcontext() if update else self.task.no_sync():
             with self._autocast():
                 output = self.task(images, target)
-            losses.add(output, step, self.optimizer.param_groups[0]['lr'])
+            losses.add(output, step, learning_rate(self.optimizer))
             loss = output['loss'] / config.grad_accum_steps
             parameters = self.task.get_clip_parameters()
             if self.scaler is not None:
@@ -377,7 +380,7 @@ class _Phase:
                 kept = ' The last checkpoint is from before.' if epoch else ''
                 raise NonFiniteLossError(
                     f'{name} is not finite at the end of epoch {epoch + 1}, at learning rate '
-                    f'{self.optimizer.param_groups[0]["lr"]:g}.{kept} A lower lr, warmup_epochs or clip_grad may help.')
+                    f'{self.lr:g}.{kept} A lower lr, warmup_epochs or clip_grad may help.')
 
     def _report(self, epoch: int, row: dict[str, float], metrics: dict[str, float]) -> None:
         for kind, dataset in (('training', self.train_set), ('validation', self.val_set)):
@@ -390,7 +393,7 @@ class _Phase:
         _logger.info(
             f'epoch {epoch + 1}: loss {row["loss"]:.4g}, {row["images_per_second"]:.0f} images/s, top-1 % with n '
             f'members {top1}')
-        self.summary.add(epoch, row, metrics, self.optimizer.param_groups[0]['lr'])
+        self.summary.add(epoch, row, metrics, self.lr)
         # Last, so that a run that is killed in between repeats the epoch and drops its row.
         self.writer.save(epoch)
         self.best.save(epoch, self.writer.last)
