@@ -779,6 +779,12 @@ def test_a_cfg_that_timms_scripts_have_changed(tmp_path):
     small = dict(num_classes=7, input_size=(1, 64, 64), mean=(0.,), std=(1.,))
     model = timm.create_model(NAME, base='test_resnet', pretrained_cfg=small)
     assert (model.num_classes, model.in_chans, model.pretrained_cfg['mean']) == (7, 1, (0.,))
+    # What is given holds, also where it is what is registered for all bases; the rest is the base's.
+    vit = timm.create_model(NAME, base='test_vit', nodes=(1, 1, 1, 2), pretrained_cfg=dict(num_classes=1000))
+    assert vit.num_classes == 1000 and vit.pretrained_cfg['fixed_input_size']
+    mean = (0.485, 0.456, 0.406)
+    vit = timm.create_model(NAME, base='test_vit', nodes=(1, 1, 1, 2), pretrained_cfg=dict(mean=mean))
+    assert vit.pretrained_cfg['mean'] == mean and vit.pretrained_cfg['std'] == (0.5, 0.5, 0.5)
 
 
 def test_a_base_with_rotary_embeddings_is_pickled():

@@ -116,9 +116,10 @@ def test_runs_are_told_apart_by_what_differs(plot):
 
 def test_runs_are_told_apart_by_their_recipes_alone(plot, write):
     recipe = dict(opt='sgd', lr=0.1, phases=[], amp=True)
-    same = [make_run(recipe=recipe), make_run(recipe={**recipe, 'opt': 'adamw', 'lr': 0.01, 'phases': [{}]})]
+    same = [make_run(recipe=recipe), make_run(recipe={**recipe, 'opt': 'adamw', 'lr': 0.01, 'phases': [{}]}, seed=1)]
     runs = plot.load_runs(write(*same, make_run(recipe=recipe, epochs=9)))
-    assert plot.label_runs(runs[:2], 'objective') == ['$L_I$, opt=sgd, lr=0.1', '$L_I$, opt=adamw, lr=0.01']
+    assert plot.label_runs(runs[:2], 'objective') == [
+        '$L_I$, seed 0, opt=sgd, lr=0.1', '$L_I$, seed 1, opt=adamw, lr=0.01']
     assert [run['apart'] for run in runs] == ['opt=sgd, lr=0.1', 'opt=adamw, lr=0.01', '']
     table = plot.make_table(runs)
     assert '| measured, opt=adamw, lr=0.01 |' in table and '| 9 | 0 | measured |' in table

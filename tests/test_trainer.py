@@ -686,11 +686,6 @@ def test_unknown_key_names_the_nearest(options):
     ({'scale': (0., 1.)}, ValueError, r'scale .*0\.0'),
     ({'scale': (0.5,)}, ValueError, r'scale .*\(0.5,\)'),
     ({'scale': (0.9, 0.1)}, ValueError, r'scale .*\(0.9, 0.1\)'),
-    ({'scale': (0.5, 1.), 'in_memory': True}, ValueError, r'scale .*crop_padding 4.*\(0.5, 1.0\)'),
-    ({'sched': 'cyclic', 'min_lr': 0.1}, ValueError, 'min_lr .*cyclic.* 0.1'),
-    ({'sched': 'cyclic', 'warmup_lr': 0.1}, ValueError, 'warmup_lr .*cyclic.* 0.1'),
-    ({'sched': 'cyclic', 'warmup_epochs': 0.5}, ValueError, 'warmup_epochs .*cyclic.* 0.5'),
-    ({'phases': ({'epochs': 1},), 'epochs': 200}, ValueError, 'epochs .* 1 .* 200'),
     ({'std': (0.2, 0., 0.2)}, ValueError, 'std .*0.0'),
     ({'mean': (0.2, math.nan, 0.2)}, ValueError, 'mean .*nan'),
     ({'lr': math.nan}, ValueError, 'lr .*nan'),
@@ -967,7 +962,7 @@ class TestPhases:
     def test_another_recipe_does_not_continue_it(self, phased):
         train(TrainConfig(**phased))
         for phases in (self.PHASES[:1], ({**self.PHASES[0], 'lr': 1e-3}, self.PHASES[1])):
-            with pytest.raises(ValueError, match='phases'):
+            with pytest.raises(ValueError, match='cannot be continued, it differs: phases'):
                 train(TrainConfig(**{**phased, 'phases': phases, 'epochs': 200, 'resume': True}))
 
     @pytest.mark.parametrize('epochs', [1, 2])

@@ -1,7 +1,7 @@
 """Opening image files and converting them, for training, evaluation and prediction alike."""
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -12,11 +12,39 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILELENGTH, TILEWIDTH
 from timm.data.readers.img_extensions import is_img_extension
 
-__all__ = ['UNREADABLE', 'convert_image', 'find_images', 'open_image']
+__all__ = ['UNREADABLE', 'convert_image', 'decoded_sizes', 'find_images', 'load_pixels', 'open_image']
 
 # What Pillow's decoders raise on broken files, and `convert_image` on images that nothing says how to show.
 UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, RuntimeError, struct.error, Image.DecompressionBombError)
+
+
+def load_pixels(image: Image.Image) -> None:
+    """Decode an image.
+
+    Raises:
+        OSError: Its file is damaged.
+    """
+    try:
+        image.load()
+    except (TypeError, ArithmeticError) as error:  # Pillow's, on damaged TIFF files
+        raise OSError(f'it is damaged: {error}') from error
+
+
+def decoded_sizes(image: Image.Image) -> list[tuple[int, int]]:
+    """Return the size of an image, and that of all its tiles, of a TIFF file, which are decoded whole.
+
+    Raises:
+        OSError: Its file is damaged.
+    """
+    tags = getattr(image, 'tag_v2', {})
+    if TILEWIDTH not in tags and TILELENGTH not in tags:
+        return [image.size]
+    try:
+        tile = tags[TILEWIDTH], tags[TILELENGTH]
+        return [image.size, tuple(math.ceil(side / part) * part for side, part in zip(image.size, tile))]
+    except (LookupError, TypeError, ArithmeticError) as error:
+        raise OSError(f'it is damaged: {error}') from error
 
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
@@ -33,7 +61,7 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
         ValueError: The image has 32-bit integers or floating-point numbers, and nothing says which of them is white.
     """
     tags = getattr(image, 'tag_v2', {})  # of a TIFF file
-    image.load()
+    load_pixels(image)
     with suppress(Exception):  # damaged EXIF data, of which there are many, count as none
         ImageOps.exif_transpose(image, in_place=True)
     # Pillow reads 16-bit PPM files, and before 11.2 PNG files, into 32-bit integers.
@@ -65,22 +93,10 @@ def open_image(
         OSError, and all others of `UNREADABLE`: It cannot be read.
     """
     with Image.open(file, formats=formats) as image:
-        try:
-            if check is not None:
-                for size in _decoded_sizes(image):
-                    check(size)
-            return convert_image(image, mode)
-        except (TypeError, ArithmeticError) as error:  # Pillow's, on damaged TIFF files
-            raise OSError(f'it is damaged: {error}') from error
-
-
-def _decoded_sizes(image: Image.Image) -> Iterator[tuple[int, int]]:
-    """Yield the size of an image, and that of all its tiles, of a TIFF file, which are decoded whole."""
-    yield image.size
-    tags = getattr(image, 'tag_v2', {})
-    if TILEWIDTH in tags or TILELENGTH in tags:
-        tile = tags[TILEWIDTH], tags[TILELENGTH]
-        yield tuple(math.ceil(side / part) * part for side, part in zip(image.size, tile))
+        if check is not None:
+            for size in decoded_sizes(image):
+                check(size)
+        return convert_image(image, mode)
 
 
 def find_images(folder: str | PathLike) -> list[Path]:

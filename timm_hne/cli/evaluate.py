@@ -186,6 +186,8 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(dataset, ImageSubset) and (files := dataset.bad_files()):
         _logger.warning(f'{len(files)} unreadable images skipped, as in training: {", ".join(files[:10])}')
 
+    # How many processes there were says how large their joint batch was.
+    processes = {key: value for key, value in config.items() if key == 'world_size'}
     objective = config.get('objective') or config.get('hne_objective')
     distilled = objective is not None and 'codistillation' in objective
     result = {
@@ -200,9 +202,7 @@ def run(args: argparse.Namespace) -> None:
         'alpha': config.get('alpha', config.get('hne_alpha')) if distilled else None,
         'epochs': config.get('epochs'),
         'seed': config.get('seed'),
-        'world_size': config.get('world_size'),
-        'initial_checkpoint': Path(config.get('initial_checkpoint') or '').name or None,
-        'recipe': {key: value for key, value in recipe.items() if key != 'seed'},
+        'recipe': {key: value for key, value in {**recipe, **processes}.items() if key != 'seed'},
         'members': measured['members'],
         'member_top1': measured['member_top1'],
     }

@@ -114,7 +114,7 @@ def average_seeds(runs: list[Run]) -> list[Run]:
 def tell_apart(run: Run, runs: list[Run]) -> str:
     """Name the plain values of a recipe in which runs differ that have all else in common."""
     def common(run: Run) -> list:
-        return [run[key] for key in (*SETTING, 'epochs', 'seed')]
+        return [run[key] for key in (*SETTING, 'epochs')]
 
     recipes = [other.get('recipe') or {} for other in runs if common(other) == common(run)]
     own = run.get('recipe') or {}

@@ -136,12 +136,15 @@ def hne_from_timm(
         raise ValueError(f'hne_from_timm has no weights of its own, got the tag {pretrained_cfg!r}; base takes a tag.')
     cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
     if cfg is None or cfg.source not in ('hf-hub', 'local-dir'):
-        # Timm's scripts pass what is registered below, with what an overlay changes.
-        registered = vars(get_pretrained_cfg('hne_from_timm'))
-        changes = {key: value for key, value in vars(cfg or PretrainedCfg()).items() if value != registered.get(key)}
+        given = {} if cfg is None else vars(cfg)
+        if isinstance(pretrained_cfg, dict):
+            given = {key: given[key] for key in pretrained_cfg}
+        if 'architecture' in given:  # timm's scripts pass what is registered below, with what an overlay changes
+            registered = vars(get_pretrained_cfg('hne_from_timm'))
+            given = {key: value for key, value in given.items() if value != registered[key]}
         if kwargs.get('nodes') is not None:
             validate_nodes(kwargs['nodes'])
-        cfg = replace(_cfg_of(base, kwargs.get('nodes')), **(changes if cfg else {}))
+        cfg = replace(_cfg_of(base, kwargs.get('nodes')), **given)
         if not cfg.num_classes and 'num_classes' not in kwargs:
             raise ValueError(f'base {base} has no classifier, num_classes must be given.')
     if kwargs.get('img_size') is not None:

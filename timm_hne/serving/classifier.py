@@ -13,7 +13,7 @@ from timm.data import create_transform, resolve_data_config, resolve_model_data_
 
 from ..checks import check_integer
 from ..evaluation.cost import member_macs
-from ..images import UNREADABLE, convert_image, open_image
+from ..images import UNREADABLE, convert_image, decoded_sizes, load_pixels, open_image
 from ..inference.early_exit import EarlyExit, early_exit
 from ..inference.engines import ENGINES
 from ..inference.optimize import OptimizedEnsemble, optimize_for_inference
@@ -228,7 +228,9 @@ class Classifier:
         what = 'the image'
         try:
             if isinstance(source, Image.Image):
-                self._check_size(source.size)
+                for size in decoded_sizes(source):
+                    self._check_size(size)
+                load_pixels(source)
                 copy = source.copy()  # it is turned in place
                 copy.format = source.format
                 if hasattr(source, 'tag_v2'):

@@ -103,7 +103,7 @@ class TrainConfig:
     temperature: float = 2.
 
     # Optimisation
-    epochs: int | None = None  # the sum of the phases' if there are phases, else 200
+    epochs: int = 200  # the sum of the phases' if there are phases
     phases: tuple[dict, ...] = ()  # parts of the run: the `epochs` of each, and the keys that differ from the recipe's
     batch_size: int = 128  # of one process
     grad_accum_steps: int = 1  # batches of one update
@@ -175,19 +175,8 @@ class TrainConfig:
                 raise ValueError(f'{name} does nothing to images that are in_memory, got {getattr(self, name)}.')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f'batch_size must be even for mixup and cutmix, got {self.batch_size}.')
-        for name in ('min_lr', 'warmup_lr'):
-            if self.sched == 'cyclic' and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f'{name} does nothing with the schedule cyclic, got {getattr(self, name)}.')
-        if self.sched == 'cyclic' and self.warmup_epochs % 1:
-            raise ValueError(f'warmup_epochs must be whole with the schedule cyclic, got {self.warmup_epochs}.')
-        if self.in_memory and self.crop_padding is not None and self.scale != type(self).scale:
-            raise ValueError(
-                f'scale does nothing to images that are in_memory with crop_padding {self.crop_padding}, got '
-                f'{self.scale}; crop_padding None crops as scale says.')
         if self.phases:
             self._check_phases()
-        elif self.epochs is None:
-            self.epochs = 200
 
     def _check_phases(self) -> None:
         for number, phase in enumerate(self.phases, start=1):
@@ -198,7 +187,7 @@ class TrainConfig:
             if phase.get('model_kwargs') is not None:
                 _coerce('model_kwargs', dict, phase['model_kwargs'])
         total = sum(phase.epochs for _, phase in self.split())
-        if self.epochs not in (total, None):
+        if self.epochs not in (total, type(self).epochs):
             raise ValueError(f'epochs must be left out, or {total} as the phases have together, got {self.epochs}.')
         self.epochs = total
 

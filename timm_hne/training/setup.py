@@ -130,8 +130,7 @@ def _create_model(config: TrainConfig, num_classes: int, **kwargs) -> nn.Module:
         num_classes=num_classes,
         in_chans=config.in_chans,
         pretrained_cfg_overlay=overlay,
-        **kwargs,
-        **config.model_kwargs,
+        **{**kwargs, **config.model_kwargs},
     )
     if not isinstance(model, HierarchicalEnsemble):
         raise TypeError(

@@ -135,7 +135,9 @@ class BestCheckpoint:
             last: The checkpoint.
         """
         accuracies = {e: float(row[self.key]) for e, row in self.rows.items() if row.get(self.key) not in (None, '')}
-        best = 0. if self.kept is None else accuracies.get(self.kept, math.inf)
+        # An epoch that has a row without that number of members had a smaller tree.
+        unknown = 0. if self.kept is None or self.kept in self.rows else math.inf
+        best = accuracies.get(self.kept, unknown)
         if self.key is not None and best == math.inf:
             _logger.warning(
                 f'{last.with_name(self.NAME)} is of epoch {self.kept + 1}, whose accuracy is not known: it stays. '
