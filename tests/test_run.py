@@ -25,6 +25,7 @@ from PIL import Image
 import timm_hne.training
 from timm_hne.__main__ import main
 from timm_hne.files import write_file
+from timm_hne.training import launcher
 from timm_hne.training.checkpoint import load_checkpoint
 
 # Two parsers, the first for --config; the task bound at import; the arguments saved before anything is created.
@@ -227,6 +228,16 @@ def test_options_for_another_model(train):
 def test_scripted_ensemble(train):
     with pytest.raises(SystemExit, match='--torchcompile'):
         train('--model', HNE, '--torchscript')
+    stages = timm.create_model('hne_from_timm', base='test_resnet', nodes=(1, 1, 1, 1, 2))
+    with pytest.raises(SystemExit, match='--torchcompile'):
+        launcher._create_task(timm.task.ClassificationTask, {}, model=torch.jit.script(stages))
+
+
+def test_options_are_recorded_where_they_hold():
+    for others, recorded in ((dict(), True), (dict(kd_model_name='resnet50'), False), (dict(task='multilabel'), False)):
+        args = argparse.Namespace(model=HNE, **others)
+        assert launcher._read_options(args) == {}
+        assert hasattr(args, 'hne_objective') == recorded
 
 
 def test_another_task(train):

@@ -122,6 +122,13 @@ def test_other_weights_have_no_names_of_these_classes(name, tmp_path, no_network
 
 
 @pytest.mark.parametrize('name', NAMES)
+def test_random_weights_know_no_names(name):
+    """They would be written as what a user's own weights see, by timm's inference.py."""
+    assert timm.get_pretrained_cfg(name).label_names
+    assert not timm.create_model(name).pretrained_cfg.get('label_names')
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_weights_are_small(name):
     assert (PACKAGED / f'{name}.safetensors').stat().st_size < SIZES[name]
 

@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
     if args.checkpoint is None:
         pretrained = args.pretrained is not False
         model = create_ensemble(args.name, pretrained=pretrained, **kwargs)
-        if not pretrained:  # then what the model's cfg says of its weights does not hold
-            model.pretrained_cfg.update(tag=None, label_names=None)
+        if not pretrained:  # then they are not those of the tag
+            model.pretrained_cfg['tag'] = None
     elif args.pretrained:
         raise ValueError('only one of --checkpoint and --pretrained may be given.')
     else:

@@ -211,7 +211,9 @@ class HNEFromTimm(ReplicatedEnsemble):
         """
         graph = _ScriptTracer(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True).trace(self)
         graph.erase_node(next(node for node in graph.nodes if node.target == 'num_members'))
-        return torch.fx.GraphModule(self, graph)
+        module = torch.fx.GraphModule(self, graph)
+        module.ensemble_size = self.ensemble_size  # by which a scripted ensemble is known
+        return module
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

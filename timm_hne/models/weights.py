@@ -56,12 +56,15 @@ def build_model(
     if unknown := sorted(model_args.keys() - allowed):
         raise ValueError(f'model_args in {CONFIG_NAME} may hold {sorted(allowed)}, got {unknown} as well.')
     if not pretrained:
+        # The names of a tag's classes do not belong to other weights: timm's inference.py would write them.
+        of_tag = pretrained_cfg is None or isinstance(pretrained_cfg, str)
+        others = {'label_names': None} if of_tag else {}
         return build_model_with_cfg(
             model_cls,
             variant,
             False,
             pretrained_cfg=pretrained_cfg,
-            pretrained_cfg_overlay=pretrained_cfg_overlay,
+            pretrained_cfg_overlay={**others, **(pretrained_cfg_overlay or {})},
             cache_dir=cache_dir,
             **kwargs,
         )
@@ -307,6 +310,8 @@ def fit_weights(
             f'nodes={model.nodes}. Only the same tree, a prefix of it, or one with a multiple of the nodes of every '
             'block can take them.')
     stems = {f'{name}.weight' for name in as_names(cfg.first_conv)}
+    if not all(name.startswith('blocks.0.') for name in stems):
+        raise ValueError(f'first_conv must be in the first block, got {cfg.first_conv!r}.')
     wrong = []
     for name, tensor in fitted.items():
         shape = target[name].shape

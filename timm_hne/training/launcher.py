@@ -126,7 +126,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _read_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the HNE options that are set. For a registered ensemble, write the others into `args`, to be saved.
+    """Return the HNE options that are set. If they hold for the run, write the others into `args`, to be saved.
 
     Raises:
         TypeError: An option is of a wrong type.
@@ -138,7 +138,8 @@ def _read_options(args: argparse.Namespace) -> dict[str, Any]:
         if isinstance(given.get(name), str):  # as YAML reads 5e-1
             given[name] = float(given[name])
     HNELoss(**given)
-    if _is_ensemble_name(args.model):
+    plain = not getattr(args, 'kd_model_name', None) and getattr(args, 'task', 'classification') == 'classification'
+    if plain and _is_ensemble_name(args.model):
         vars(args).update({f'hne_{name}': given.get(name, default) for name, default in _OPTIONS.items()})
     return given
 
