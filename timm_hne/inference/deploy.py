@@ -154,7 +154,7 @@ def _image(model, input_size: Sequence[int], data_config: Mapping[str, Any] | No
 def _for_channels(data_config: Mapping[str, Any], channels: int) -> dict[str, Any]:
     """Return what is said of the preparation of images, with a mean and a deviation for every channel."""
     known = {key: value for key, value in data_config.items() if value is not None}
-    for key in (key for key in ('mean', 'std') if key in known):
+    for key in sorted(known.keys() & {'mean', 'std'}):
         if len(known[key]) == 1:  # for all, as timm has it
             known[key] = [*known[key]] * channels
         if len(known[key]) != channels:
