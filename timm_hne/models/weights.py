@@ -153,11 +153,8 @@ def _check_sizes(
             stated['nodes'] = (1,) * len(nodes)
         model = model_cls(**stated)
         found = {name: len(parts) for name, parts in node_weights(weights, model).items()}
-        if counted:  # a block of poolings has no weights; if it is the last, the heads tell
-            counts = [found.get(f'blocks.{b}', count) for b, count in enumerate(nodes)]
-            counts.append(found.get('heads', found.get(f'blocks.{len(nodes) - 1}')))
-            if [*nodes, nodes[-1]] != counts:
-                raise ValueError(f'nodes is {nodes}, the weights have {found}.')
+        if counted and tuple(nodes) != _nodes_of(found, nodes):
+            raise ValueError(f'nodes is {nodes}, the weights have {found}.')
         fit_weights(weights, model, cfg)
     except Exception as error:  # whatever a constructor makes of junk
         reason = str(error).partition('\n')[0]
@@ -225,6 +222,15 @@ def node_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str
     return nodes
 
 
+def _nodes_of(stored: Mapping[str, int], nodes: Sequence[int]) -> tuple[int, ...]:
+    """Return how many nodes each block has by the `stored` numbers of parts.
+
+    A block of poolings has no weights: it has as many as `nodes` says, and the last as many as there are heads.
+    """
+    *rest, last = (stored.get(f'blocks.{b}', count) for b, count in enumerate(nodes))
+    return *rest, stored.get(f'blocks.{len(rest)}', stored.get('heads', last))
+
+
 def load_grown(
         model: nn.Module, weights: Mapping[str, torch.Tensor], noise: float = NOISE, seed: int = 0) -> None:
     """Load weights of the same architecture, classes and images: of the same tree, or of a smaller or a larger one.
@@ -280,9 +286,7 @@ def fit_weights(
     stored = node_weights(wanted, model)
     parts = model.parts()
     stored_nodes = {name: len(nodes) for name, nodes in stored.items()}
-    nodes = tuple(stored_nodes.get(f'blocks.{b}', count) for b, count in enumerate(model.nodes))
-    if f'blocks.{len(nodes) - 1}' not in stored_nodes:  # of poolings, which have no weights
-        nodes = *nodes[:-1], stored_nodes.get('heads', nodes[-1])
+    nodes = _nodes_of(stored_nodes, model.nodes)
     heads = {name: count for name, count in stored_nodes.items() if name in model.head_parts()}
     whole = all(count == nodes[-1] for count in heads.values())
     grows = nodes != model.nodes and all(not count % own for own, count in zip(nodes, model.nodes))
