@@ -84,7 +84,7 @@ def load_images(config: TrainConfig, split: str) -> list[tuple[torch.Tensor, tor
     if split != 'held out':
         config = TrainConfig(**{**vars(config), 'val_split': split, 'val_fraction': 0.})
     _, images, *_ = open_data(config)
-    cfg = timm.get_pretrained_cfg('resnet18')
+    cfg = timm.get_pretrained_cfg(config.model_kwargs['base'])
     config = TrainConfig(**{**vars(config), 'batch_size': 500, 'mean': cfg.mean, 'std': cfg.std})
     return list(create_image_loader(images, config, False, True, torch.device('cpu')))
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import create_loader, resolve_data_config
 
 from timm_hne import HierarchicalEnsemble
 from timm_hne.files import write_text
 from timm_hne.process import processor
 from timm_hne.training.datasets import DigitsDataset, ImageSubset, open_dataset
-from timm_hne.training.memory_loader import MemoryLoader, load_into_memory
 from timm_hne.training.recipe import read_recipe
 
 DIGITS_RECIPE = read_recipe('digits.yaml')
@@ -27,28 +27,40 @@ ALONE = 0.05  # seconds that each callable runs before it is timed
 def add_subject(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose what `load_subject` loads."""
     subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument('--data-dir', help='folder of images with test/CLASS, for the packaged weights of --model')
+    subject.add_argument('--data-dir', help='folder of images with SPLIT/CLASS, for the packaged weights of --model')
     subject.add_argument('--checkpoint', help="weights of `timm-hne demo`, for its held-out digits")
+    parser.add_argument('--split', default='test', help='folder of --data-dir, default test')
     parser.add_argument('--model', default=MODEL, help=f'model of the weights, default {MODEL}')
 
 
-def load_subject(args: argparse.Namespace) -> tuple[HierarchicalEnsemble, torch.Tensor, torch.Tensor]:
-    """Return a trained model in evaluation mode, and normalised images (n, C, H, W) with their classes (n,).
+def load_images(
+        args: argparse.Namespace, model: HierarchicalEnsemble, split: str, count: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the normalised images (n, C, H, W) of a split with their classes (n,): all, or `count` by chance."""
+    if args.checkpoint:
+        dataset = DigitsDataset(train=split == 'train')
+        config = {key: DIGITS_RECIPE[key] for key in ('img_size', 'mean', 'std')}
+    else:
+        dataset, config = open_dataset('', args.data_dir, split, model.in_chans), {}
+    chosen = count and torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count]
+    loader = create_loader(
+        ImageSubset(dataset, chosen, 'error', training=False),
+        batch_size=500,
+        use_prefetcher=False,
+        persistent_workers=False,
+        **resolve_data_config({**config, 'in_chans': model.in_chans}, model=model),
+    )
+    images, classes = zip(*loader)
+    return torch.cat(images), torch.cat(classes)
 
-    Training never saw the images.
-    """
+
+def load_subject(args: argparse.Namespace) -> tuple[HierarchicalEnsemble, torch.Tensor, torch.Tensor]:
+    """Return a trained model in evaluation mode, and what `load_images` returns of images that training never saw."""
     if args.checkpoint:
         model = timm.create_model(args.model, in_chans=1, checkpoint_path=args.checkpoint)
-        size, mean, std = (DIGITS_RECIPE[key] for key in ('img_size', 'mean', 'std'))
-        dataset = DigitsDataset(train=False)
     else:
         model = timm.create_model(args.model, pretrained=True)
-        cfg = model.pretrained_cfg
-        dataset = open_dataset('', args.data_dir, 'test', model.in_chans)
-        size, mean, std = cfg['input_size'][-1], cfg['mean'], cfg['std']
-    memory = load_into_memory(ImageSubset(dataset, None, 'error', training=False), size, resize=True)
-    images, classes = zip(*MemoryLoader(*memory, batch_size=500, mean=mean, std=std))
-    return model.eval(), torch.cat(images), torch.cat(classes)
+    return model.eval(), *load_images(args, model, args.split)
 
 
 def paired_times(callables: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:

@@ -74,8 +74,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / 'from_timm.json'
     report = json.loads(path.read_text()) if path.exists() else {'rows': []}
-    if report.get('machine') != describe_machine():
-        report = {'machine': describe_machine(), 'rows': []}
+    asked = {'machine': describe_machine(), 'engine': args.engine}
+    if any(report.get(key) != value for key, value in asked.items()):
+        report = {**asked, 'rows': []}
     known = {(row['base'], row['batch_size']) for row in report['rows']}
     for base in args.bases:
         missing = [size for size in args.batch_size if (base, size) not in known]

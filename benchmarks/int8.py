@@ -9,26 +9,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import DIGITS_RECIPE, add_subject, describe_machine, load_subject, markdown_table, write_json, write_text
+from common import add_subject, describe_machine, load_images, load_subject, markdown_table, write_json, write_text
 
 from timm_hne import optimize_for_inference, quantize
 from timm_hne.prefix import prefix_means
-from timm_hne.training.datasets import DigitsDataset, ImageSubset, open_dataset
-from timm_hne.training.memory_loader import MemoryLoader, load_into_memory
 from timm_hne.tree import prefixes
 
 BATCH_SIZE = 250
-
-
-def calibration_images(args: argparse.Namespace, model: torch.nn.Module, count: int) -> torch.Tensor:
-    """Return normalised training images."""
-    cfg = {**model.pretrained_cfg, 'img_size': model.pretrained_cfg['input_size'][-1]}
-    if args.checkpoint:
-        cfg = DIGITS_RECIPE
-    dataset = DigitsDataset(train=True) if args.checkpoint else open_dataset('', args.data_dir, 'train', model.in_chans)
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count]
-    memory = load_into_memory(ImageSubset(dataset, chosen, 'error', training=False), cfg['img_size'], resize=True)
-    return torch.cat([images for images, _ in MemoryLoader(*memory, batch_size=500, mean=cfg['mean'], std=cfg['std'])])
 
 
 @torch.no_grad()
@@ -39,7 +26,7 @@ def main() -> None:
     parser.add_argument('--output', type=Path, default=Path('output/int8'))
     args = parser.parse_args()
     model, images, classes = load_subject(args)
-    calibration = calibration_images(args, model, args.calibration_images)
+    calibration, _ = load_images(args, model, 'train', args.calibration_images)
     forms = {
         'float32': optimize_for_inference(model),
         **{f'{engine}, int8': quantize(model, calibration, engine) for engine in ('openvino', 'onnxruntime')},
@@ -47,12 +34,11 @@ def main() -> None:
     rows, results = [], {}
     for name, form in forms.items():
         logits = torch.cat([form.forward_members(batch) for batch in images.split(BATCH_SIZE)])
-        means = prefix_means(logits)
         results[name] = {
             n: {
-                'top1': 100 * (means[:, n - 1].argmax(dim=1) == classes).double().mean().item(),
+                'top1': 100 * (mean.argmax(dim=1) == classes).double().mean().item(),
                 'logit_std': logits[:, :n].std(dim=1, correction=0).mean().item(),
-            } for n in prefixes(model.ensemble_size)
+            } for n, mean in zip(prefixes(model.ensemble_size), prefix_means(logits).unbind(1))
         }
         cells = [f'{row["top1"]:.2f} ({row["logit_std"]:.3f})' for row in results[name].values()]
         rows.append([form.mode if name == 'float32' else name, *cells])

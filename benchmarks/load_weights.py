@@ -44,7 +44,7 @@ def load(cache: Path) -> torch.nn.Module:
 def load_as_timm(cache: Path) -> torch.nn.Module:
     with ExitStack() as stack:
         for module in 'hne_resnet', 'hne_mobilenetv2':
-            stack.enter_context(mock.patch(f'timm_hne.{module}.build_model', build_model_with_cfg))
+            stack.enter_context(mock.patch(f'timm_hne.models.{module}.build_model', build_model_with_cfg))
         return load(cache)
 
 

@@ -64,7 +64,7 @@ def measure(args: argparse.Namespace, model: str, nodes: tuple[int, ...], proces
     command = [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), __file__,
         '--worker', '--models', model, '--nodes', json.dumps(nodes), '--img-size', str(args.img_size), '--batch-size',
-        str(args.batch_size), '--steps', str(args.steps)]
+        str(args.batch_size), '--steps', str(args.steps), '--warmup', str(args.warmup)]
     environment = {
         **{name: value for name, value in os.environ.items() if name not in HUGE_PAGES}, **(HUGE_PAGES if huge else {}),
         'OMP_NUM_THREADS': str((os.cpu_count() or 1) // processes)}
@@ -89,6 +89,8 @@ def main() -> None:
         work(args)
         return
     cores = os.cpu_count() or 1
+    if args.batch_size % cores:
+        parser.error(f'--batch-size must be a multiple of the {cores} cores, got {args.batch_size}.')
     ways = {
         f'1 x {cores}': (1, False), f'1 x {cores}, huge pages': (1, True), f'{cores} x 1': (cores, False),
         f'{cores} x 1, huge pages': (cores, True)}

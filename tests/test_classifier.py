@@ -298,6 +298,33 @@ def test_grey_tiff_files_of_many_bits(classifier, bits, photometric, byte, expec
         assert torch.equal(classifier.image(image), classifier.image(white))
 
 
+@pytest.mark.parametrize('kind, size', [(1, 1), (3, 2), (4, 4)])  # bytes and integers of TIFF
+@pytest.mark.parametrize('tag', [273, 324])
+def test_a_tiff_of_many_strips_is_refused_before_it_is_opened(classifier, monkeypatch, tmp_path, tag, kind, size):
+    """Pillow would make an object of each, hundreds of bytes for one."""
+    def many(count):
+        tags = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 277: 1, 278: 1}
+        start = 8 + 2 + 12 * (len(tags) + 1) + 4
+        entries = sorted([(key, 4, 1, value) for key, value in tags.items()] + [(tag, kind, count, start)])
+        packed = b''.join(struct.pack('<HHII', *entry) for entry in entries)
+        return b'II*\0' + struct.pack('<IH', 8, len(entries)) + packed + bytes(4) + bytes(size * count)
+
+    (tmp_path / 'image.tif').write_bytes(many(65_537))
+    monkeypatch.setattr(Image, 'open', lambda *args, **kwargs: pytest.fail('opened'))
+    for source in (many(65_537), tmp_path / 'image.tif'):
+        with pytest.raises(ImageError, match='65,537 strips or tiles'):
+            classifier.image(source)
+    with pytest.raises(pytest.fail.Exception, match='opened'):
+        classifier.image(many(65_536))
+
+
+def test_more_pixels_than_pillow_opens(classifier, monkeypatch):
+    with pytest.raises(ValueError, match='max_pixels must be from 1 to 178956970, got 200000000'):
+        Classifier.open('hne_resnet50_c8', 'none', max_pixels=200_000_000)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
+    assert Classifier.open('hne_resnet50_c8', 'none', max_pixels=200_000_000).max_pixels == 200_000_000
+
+
 def test_tiles_that_are_larger_than_their_image_count(classifier):
     for tile, error in (((16, 16), False), ((16, 6_250_000), True), ((16, 0), True)):
         data = tiff(bytes(256), compression=8 if error else 1, tile=tile)
@@ -319,6 +346,10 @@ BROKEN = {
     'truncated WebP': encode(noise(), 'WEBP')[:500],
     'PostScript': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n',
     'a TIFF that Pillow trips over': tiff(bytes(64), compression=2),
+    'no palette': bytes(encode(noise())[:8]) + b''.join(
+        len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big') for kind, data in (
+            (b'IHDR', struct.pack('>IIBBBBB', 4, 4, 8, 3, 0, 0, 0)), (b'tRNS', b'\0'),
+            (b'IDAT', zlib.compress(bytes(20))), (b'IEND', b''))),
     'floating point': encode(Image.new('F', (4, 4)), 'TIFF'),
     'empty profile': encode(noise()).replace(END, b'\0\0\0\0iCCP' + zlib.crc32(b'iCCP').to_bytes(4, 'big') + END),
 }

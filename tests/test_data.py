@@ -475,6 +475,13 @@ def test_splits_of_digits_and_their_names():
         open_dataset(DIGITS, None, 'trian', 1)
 
 
+@pytest.mark.parametrize('name', ['torch/cifar10', 'TORCH/MNIST', 'torch/qmnist'])
+def test_splits_of_what_torchvision_splits_in_two(name, tmp_path):
+    """timm takes the test images for every name that is not one of the training images."""
+    with pytest.raises(ValueError, match=rf"split .*{name}.*train, .*test, got 'trian'"):
+        open_dataset(name, str(tmp_path), 'trian')
+
+
 @pytest.mark.parametrize('options', [dict(val_fraction=0.01), dict(val_fraction=0.99)])
 def test_nothing_left_to_train_on_or_to_evaluate(folder, options):
     with pytest.raises(ValueError, match=r'val_fraction .*train|val_fraction .*evaluate'):

@@ -270,13 +270,18 @@ def test_programs_that_nobody_used_for_a_month_are_removed(cache, made):
     model, x = tiny_ensemble((1, 2)), images()
     optimize_for_inference(model, engine='onnxruntime')(x)
     used, = cache.iterdir()
-    old, recent, other = cache / ('0' * 32), cache / ('1' * 32), cache / 'other'
-    for folder, days in ((old, 31), (recent, 29), (other, 31), (used, 31)):
+    old, recent, other, theirs = cache / ('0' * 32), cache / ('1' * 32), cache / 'other', cache / ('my' * 16)
+    more = cache / ('2' * 32) / 'more'  # which is somebody else's too
+    more.mkdir(parents=True)
+    (cache / ('3' * 32)).touch()
+    for folder, days in ((old, 31), (recent, 29), (other, 31), (theirs, 31), (more.parent, 31), (used, 31)):
         folder.mkdir(exist_ok=True)
         (folder / '0-1.onnx').touch()
         os.utime(folder, (time.time() - 86400 * days,) * 2)
     optimize_for_inference(model, engine='onnxruntime')(x)
-    assert {*cache.iterdir()} == {used, recent, other} and made == [(0, 1), (1, 2)]
+    assert {*cache.iterdir()} == {used, recent, other, theirs, more.parent, cache / ('3' * 32)}
+    assert {path.parent for path in cache.rglob('*.onnx')} == {used, recent, other, theirs}
+    assert made == [(0, 1), (1, 2)]
     assert used.stat().st_mtime > time.time() - 86400
 
 

@@ -812,6 +812,29 @@ def test_a_pooling_that_was_changed_is_published(before, after, tmp_path):
     assert timm.create_model(name, pretrained=True, num_classes=7, global_pool='catavgmax')(x).shape == (len(x), 7)
 
 
+@pytest.mark.parametrize('pool', ['max', ''])
+def test_a_pooling_that_was_changed_before_or_removed(pool, tmp_path):
+    base = make_base('test_resnet')
+    if pool:
+        base.reset_classifier(base.num_classes, pool)
+    model = naive.randomize(timm_hne.hierarchize(base, (1, 1, 1, 2, 2))).eval()
+    if not pool:
+        model.reset_classifier(0, '')
+    x = images(model)
+    assert model(x).dim() == (2 if pool else 4)
+    torch.testing.assert_close(saved(model, tmp_path / 'net')(x), model(x))
+    model.reset_classifier(3, 'avg')
+    torch.testing.assert_close(saved(model, tmp_path / 'other')(x), model(x))
+
+
+def test_new_classifiers_of_members_differ(tmp_path):
+    model = by_name('test_resnet', nodes=(1, 1, 1, 1, 3))
+    saved(model, tmp_path / 'net')
+    other = timm.create_model(f'local-dir:{tmp_path / "net"}', pretrained=True, num_classes=7)
+    first, *rest = (classifier.weight for classifier in other.get_classifier())
+    assert len(first) == 7 and len(rest) == 2 and not any(torch.equal(first, weight) for weight in rest)
+
+
 def test_a_model_that_grew_is_published(tmp_path):
     model = timm.create_model(
         'hne_resnet50_c8', pretrained=True, nodes=(1, 2, 4, 8, 32), grow_noise=0.1, grow_seed=3)

@@ -1,4 +1,5 @@
 """Anytime prediction and extraction, against direct evaluation of every number of members."""
+import collections
 import gc
 import math
 import weakref
@@ -205,6 +206,22 @@ def test_deadline_goes_by_the_slowest_recent_step(monkeypatch):
     for _ in range(5):
         list(model.anytime(x, deadline=1e9))
     assert len(list(model.anytime(x, deadline=3.))) == 3
+
+
+def test_a_time_that_another_thread_forgets(monkeypatch):
+    model, x = tiny_ensemble(), images()
+    Clock(monkeypatch, model, {1: 1., 2: 5., 4: 1.})
+    list(model.anytime(x, deadline=1e9))
+
+    class Taken(collections.deque):
+        def popleft(self):
+            self.clear()
+            return super().popleft()
+
+    measured = anytime_module._step_times[model]
+    for key in measured:
+        measured[key] = Taken(measured[key])
+    assert len(list(model.anytime(x, deadline=3.))) == 1
 
 
 def test_one_slow_step_is_forgotten_when_it_keeps_being_declined(monkeypatch):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fvcore.nn import FlopCountAnalysis
 from processes import start_processes
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
-from timm.models import FeatureInfo, group_parameters
+from timm.models import FeatureInfo, group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -481,6 +481,35 @@ def test_features_only(name, feature_cls):
         assert y.shape == (2, channels, x.shape[2] // reduction, x.shape[3] // reduction)
     some = make(name, features_only=True, out_indices=(1, 2), device='meta', **kwargs)
     assert [y.shape[1] for y in some(x)] == some.feature_info.channels() == model.feature_info.channels()[1:3]
+
+
+@every_branched
+@pytest.mark.parametrize('feature_cls', ['list', 'hook', 'dict'])
+def test_wrappers_that_would_compute_all_members(name, feature_cls):
+    with pytest.raises(ValueError, match=f"feature_cls .*'{feature_cls}'.*num_members=1"):
+        make(name, features_only=True, feature_cls=feature_cls, num_members=1, device='meta')
+
+
+@every_model
+def test_number_of_members_that_timm_saves(name, tmp_path):
+    model = create(name, num_members=1)
+    for n, saved in ((1, 1), (None, model.ensemble_size), (3, 3)):
+        model.num_members = n
+        save_for_hf(model, tmp_path / f'{n}', safe_serialization=True)
+        assert timm.create_model(f'local-dir:{tmp_path / str(n)}', pretrained=True).num_members == saved
+
+
+@every_model
+@pytest.mark.parametrize('n', [1, 3])
+def test_widths_of_a_part(name, n):
+    part = create(name).extract(n)
+    x = images(part)
+    part.reset_classifier(0)
+    assert part(x).shape == (len(x), part.head_hidden_size)
+    assert part.forward_features(x).shape[1] == part.num_features
+    part.reset_classifier(4)
+    hidden = part.forward_head(part.forward_features(x), pre_logits=True)
+    assert hidden.shape == (len(x), part.head_hidden_size) and part(x).shape == (len(x), 4)
 
 
 @every_model

@@ -191,6 +191,8 @@ def test_figures_are_written(plot, write, tmp_path, what, suffix):
     (['fig4', '--output', 'a.png'], 'at least one evaluation'),
     (['fig4', '{good}', '--output', 'a.md'], r'must end in \.png or \.svg or \.pdf'),
     (['table1', '{good}', '--output', 'a.png'], r'must end in \.md'),
+    (['table1', '--no-paper'], '--no-paper'),
+    (['table1', '{good}', '--no-paper', '--missing'], '--no-paper'),
     (['fig4', '{good}', '{tmp}/none.json', '--output', 'a.png'], r'none\.json'),
     (['fig4', '{tmp}/text.json', '--output', 'a.png'], r'text\.json is not the JSON file of an evaluation'),
     (['fig4', '{tmp}/other.json', '--output', 'a.png'], r'other\.json .* it lacks alpha, data'),

@@ -88,5 +88,13 @@ def test_quantize_refuses(change, error, words):
         quantize(tiny_ensemble().train(), torch.zeros(4, 3, 8, 8), engine='onnxruntime')
 
 
+def test_another_type_is_refused():
+    small = quantize(tiny_ensemble((1, 2)), torch.randn(4, 3, 8, 8), engine='onnxruntime').to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r'onnxruntime.*float32'):
+        small(images())
+    with pytest.raises(ValueError, match=r'float32, got torch\.bfloat16'):  # which computes in bfloat16 else
+        small._make('openvino')
+
+
 def test_public_name():
     assert timm_hne.quantize is quantize

@@ -42,10 +42,20 @@ SECONDS = {n: {size: 0.001 * (2 + 0.5 * size * n) for size in (1, 2, 4, 8)} for 
     (8, 64, 0., 0., 0., 1),
     (8, 0, 0., 0., 1600., 2),  # 29 arrive in 18 ms, which take four batches more; 16 in 10 ms take two
     (3, 0, 0., 0., 0., 4),
+    (8, 0, -0.1, 0., 0., 4),
 ])
 def test_policy_by_hand(batch_size, waiting, oldest_age, waiting_age, arrival_rate, expected):
     policy = MemberPolicy(0.1, SECONDS)
     assert policy.choose(batch_size, waiting, oldest_age, waiting_age, arrival_rate) == expected
+
+
+def test_a_longer_deadline_buys_members_only_while_nobody_else_waits():
+    policy = MemberPolicy(0.01, SECONDS)
+    assert policy.choose(1, 0, 0., 0., 0.) == 4  # 4 of 8 ms
+    assert policy.choose(8, 0, 0., 0., 0.) == 1
+    assert policy.choose(8, 0, -0.02, 0., 0.) == 4  # 18 of 28 ms
+    assert policy.choose(8, 0, -0.02, 0., 100.) == 1  # 2 arrive meanwhile
+    assert policy.choose(8, 1, -0.02, 0., 0.) == 1
 
 
 def test_policy_interpolates_between_measured_batches():
@@ -84,10 +94,10 @@ def simulate(policy, arrivals, seconds, max_batch_size=8):
         now = max(now, arrivals[served])
         queued = sum(arrival <= now for arrival in arrivals[served:])
         batch = min(queued, max_batch_size)
-        recent = sum(now - policy.latency_target <= arrival <= now for arrival in arrivals)
+        recent = sum(now - policy.latency_target <= arrival <= now for arrival in arrivals) - 1
         following = now - arrivals[served + batch] if queued > batch else 0.
         n = policy.choose(
-            batch, queued - batch, now - arrivals[served], following, recent / policy.latency_target)
+            batch, queued - batch, now - arrivals[served], following, max(0, recent) / policy.latency_target)
         now += seconds[n][next(size for size in sorted(seconds[n]) if size >= batch)]
         latencies += [now - arrival for arrival in arrivals[served:served + batch]]
         members += [n] * batch

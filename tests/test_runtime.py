@@ -247,6 +247,18 @@ def test_a_time_that_another_thread_takes_out(network, model):
     assert_like(network.predict(x.numpy()), model(x))
 
 
+def test_a_time_that_another_thread_takes_out_before_a_deadline(network, model, monkeypatch):
+    class Taken(collections.deque):
+        def popleft(self):
+            self.clear()
+            return super().popleft()
+
+    network._times = collections.defaultdict(lambda: Taken([9.]))
+    monkeypatch.setattr(runtime, '_clock', lambda: 0.)
+    assert len(list(network.anytime(images().numpy(), deadline=1.))) == 1
+    assert [len(times) for times in network._times.values()] == [2, 0]
+
+
 def test_sizes_that_threads_meet_at_once_take_one_place(folder):
     session = runtime.Session(folder / 'step_0_1.onnx', threads=1)
     create = session._create

@@ -500,9 +500,10 @@ def test_when_a_request_arrived_is_nothing_that_clients_say(client, monkeypatch)
 
 def test_a_replica_answers_without_a_guard_before_it(serve):
     client = serve(stamp=False)
-    for headers in ({}, *({RECEIVED.decode(): stamp} for stamp in ('yesterday', 'nan', '-inf', 'inf'))):
+    for headers in ({}, *({RECEIVED.decode(): stamp} for stamp in ('yesterday', 'nan', '-inf', 'inf', '1', '-1e308'))):
         response = client.post('/predict', content=encode(noise()), headers=headers)
         assert response.status_code == 200, response.text
+        assert response.json()['milliseconds'] < 1000 * TIMEOUT
 
 
 def test_options_are_read_as_they_are():

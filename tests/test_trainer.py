@@ -529,7 +529,7 @@ def test_non_finite_loss_stops_with_its_circumstances(options):
         patch.setattr(trainer.HNETask, 'forward', forward)
         with pytest.raises(
                 NonFiniteLossError,
-                match=r'step 4 .*0\.00.*loss = nan, hierarchical = nan.*checkpoint',
+                match=r'epoch 2, step 4 .*0\.00.*loss = nan, hierarchical = nan.*checkpoint',
         ):
             train(TrainConfig(**options))
     kept = load_checkpoint_metadata(str(Path(options['output_dir'], 'last.pth.tar')))
@@ -674,6 +674,7 @@ def test_unknown_key_names_the_nearest(options):
     ({'amp': 1}, TypeError, 'amp .*bool.*1'),
     ({'objective': 'best'}, ValueError, "objective .*independent.*'best'"),
     ({'sched': 'plateau'}, ValueError, "sched .*cosine, multistep, constant, cyclic.*'plateau'"),
+    ({'sched': 'cyclic', 'warmup_epochs': 0.5}, ValueError, "warmup_epochs .*whole .*'cyclic'.*0.5"),
     ({'unreadable': 'ignore'}, ValueError, "unreadable .*error, skip.*'ignore'"),
     ({'val_fraction': 1.}, ValueError, 'val_fraction .*1.0'),
     ({'mixup': 0.2, 'batch_size': 3}, ValueError, 'batch_size .*3'),

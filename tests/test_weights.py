@@ -12,9 +12,10 @@ import socket
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, resolve_model_input_args, save_for_hf
 
 import timm_hne  # noqa: F401, registers the models
 from timm_hne.__main__ import main
@@ -126,6 +127,49 @@ def test_random_weights_know_no_names(name):
     """They would be written as what a user's own weights see, by timm's inference.py."""
     assert timm.get_pretrained_cfg(name).label_names
     assert not timm.create_model(name).pretrained_cfg.get('label_names')
+
+
+def test_names_of_classes_in_what_timms_scripts_pass_on(tmp_path, no_network):
+    """They merge an overlay into the whole cfg."""
+    name, path = 'hne_resnet50_c8', tmp_path / 'other.safetensors'
+    shutil.copy(PACKAGED / f'{name}.hcd_cifar10.safetensors', path)
+
+    def names(pretrained, overlay=None):
+        kwargs = resolve_model_input_args(name, {}, pretrained=pretrained, pretrained_cfg_overlay=overlay)
+        return timm.create_model(**kwargs).pretrained_cfg.get('label_names')
+
+    assert names(True) == get_pretrained_cfg(name).label_names
+    assert names(True, dict(mean=(0.5,) * 3)) == get_pretrained_cfg(name).label_names
+    assert names(True, dict(file=str(path), num_classes=-1)) is None
+    assert names(False) is None
+    assert names(False, dict(label_names=['a', 'b'])) == ['a', 'b']
+
+
+def test_other_weights_of_other_classes(tmp_path, no_network):
+    name, path = 'hne_resnet50_c8', tmp_path / 'five.safetensors'
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, nodes=(1, 1, 1, 1, 2))
+    safetensors.torch.save_file(model.state_dict(), path)
+    overlay = dict(file=str(path))
+    with pytest.raises(ValueError, match=r'num_classes must be given, the weights have 5 classes .* 10'):
+        timm.create_model(name, pretrained=True, nodes=model.nodes, pretrained_cfg_overlay=overlay)
+    loaded = timm.create_model(name, pretrained=True, nodes=model.nodes, pretrained_cfg_overlay=overlay, num_classes=5)
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+    stated = dict(overlay, num_classes=5)
+    loaded = timm.create_model(name, pretrained=True, nodes=model.nodes, pretrained_cfg_overlay=stated)
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+    features = timm.create_model(
+        name, pretrained=True, nodes=model.nodes, pretrained_cfg_overlay=overlay, features_only=True)
+    assert len(features(torch.randn(1, 3, 32, 32))) == 5
+    with pytest.raises(ValueError, match=r'url is not read.*https://host/x\.safetensors'):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(url='https://host/x.safetensors'))
+    # As train.py's --pretrained-path has it with a model of a folder or the Hub.
+    save_for_hf(timm.create_model(name, nodes=model.nodes), tmp_path / 'net', safe_serialization=True)
+    kwargs = resolve_model_input_args(
+        f'local-dir:{tmp_path / "net"}', {}, pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(path), num_classes=-1), num_classes=7)
+    loaded = timm.create_model(**kwargs)
+    assert torch.equal(loaded.blocks[0][0].conv.weight, model.blocks[0][0].conv.weight) and loaded.num_classes == 7
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -2,17 +2,29 @@
 import math
 import struct
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
+from warnings import catch_warnings
 
 import numpy as np
 from PIL import Image, ImageOps
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILELENGTH, TILEWIDTH
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    PREFIXES,
+    STRIPOFFSETS,
+    TILELENGTH,
+    TILEOFFSETS,
+    TILEWIDTH,
+    ImageFileDirectory_v2,
+)
 from timm.data.readers.img_extensions import is_img_extension
 
 __all__ = ['UNREADABLE', 'convert_image', 'decoded_sizes', 'find_images', 'load_pixels', 'open_image']
+
+MAX_PARTS = 65_536  # of a TIFF file whose sender is not trusted
 
 # What Pillow's decoders raise on broken files, and `convert_image` on images that nothing says how to show.
 UNREADABLE = (
@@ -47,6 +59,21 @@ def decoded_sizes(image: Image.Image) -> list[tuple[int, int]]:
         raise OSError(f'it is damaged: {error}') from error
 
 
+def _check_parts(file: BinaryIO) -> None:
+    """Refuse a TIFF file of more strips or tiles than images have: Pillow makes an object of each when it opens it."""
+    head = file.read(8)
+    if not head.startswith(tuple(PREFIXES)):
+        return
+    counts = [0]
+    with suppress(Exception), catch_warnings(action='ignore'):  # of damaged files, as Pillow itself is about to say
+        tags = ImageFileDirectory_v2(head + (file.read(8) if head[2] == 43 else b''))  # as `TiffImageFile` does
+        file.seek(tags.next)
+        tags.load(file)
+        counts += [len(tags[tag]) for tag in (STRIPOFFSETS, TILEOFFSETS) if tag in tags]
+    if max(counts) > MAX_PARTS:
+        raise ValueError(f'it has {max(counts):,} strips or tiles, more than the {MAX_PARTS:,} that are allowed')
+
+
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
     """Turn an image upright, as its EXIF data say, and convert it to 8 bits a channel.
 
@@ -71,7 +98,10 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray(255 - pixels if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 else pixels)
     elif image.mode in ('I', 'F'):
         raise ValueError(f'it has the mode {image.mode}, and nothing says which of its values is white')
-    return image.convert(mode)
+    try:
+        return image.convert(mode)
+    except (AssertionError, TypeError, ArithmeticError) as error:  # Pillow's, without a palette for instance
+        raise OSError(f'it is damaged: its colours cannot be converted, {str(error) or "they are missing"}') from error
 
 
 def open_image(
@@ -92,6 +122,10 @@ def open_image(
     Raises:
         OSError, and all others of `UNREADABLE`: It cannot be read.
     """
+    if check is not None:
+        with open(file, 'rb') if isinstance(file, (str, PathLike)) else nullcontext(file) as opened:
+            _check_parts(opened)
+            opened.seek(0)
     with Image.open(file, formats=formats) as image:
         if check is not None:
             for size in decoded_sizes(image):

@@ -68,7 +68,7 @@ def read_weights(
     Raises:
         RuntimeError: The cfg names no weights.
         DigestError: A file differs from its recorded digest, also after another download.
-        ValueError: The weights are no safetensors file.
+        ValueError: The weights are no safetensors file, or the cfg names nothing but a URL.
         OSError: A file cannot be read or downloaded.
     """
     config = None
@@ -84,6 +84,8 @@ def read_weights(
     elif cfg.hf_hub_id:
         name, where = cfg.hf_hub_filename or WEIGHTS_NAME, cfg.hf_hub_id
         data = _fetch(where, (name,), cache_dir)[name]
+    elif cfg.url:
+        raise ValueError(f'url is not read, its digest is unknown: give file, hf_hub_id or state_dict; got {cfg.url}')
     else:
         name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
         raise RuntimeError(f'{name} has no pretrained weights. {available_weights()}')

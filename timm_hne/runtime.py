@@ -10,6 +10,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -364,8 +365,9 @@ class Runtime:
                 expected, now = max(past, default=spent * share), _clock()
                 if now + expected > deadline:
                     # A step that is never taken gets no new times: one slow time must not rule it out for good.
-                    if past and now <= deadline:
-                        past.popleft()
+                    if now <= deadline:
+                        with suppress(IndexError):  # there is none, or another thread has just taken it
+                            past.popleft()
                     return
             begin = _clock()
             logits, features = self.step(index, features)

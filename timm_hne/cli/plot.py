@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     suffixes = ('.md',) if is_table else ('.png', '.svg', '.pdf')
     if args.missing and not is_table:
         raise ValueError('--missing is for table1.')
+    if args.no_paper and is_table and (args.missing or not args.runs):
+        raise ValueError('--no-paper: table1 without runs, and --missing, list what the paper has.')
     if args.output is None and not is_table:
         raise ValueError('--output is needed for a figure.')
     if args.output is not None and args.output.suffix not in suffixes:

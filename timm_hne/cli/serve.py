@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     threads = max(1, (os.cpu_count() or 1) // args.replicas[1]) if args.threads is None else args.threads
     check_integer('threads', threads, 1)
     # What is wrong with these is better heard now than from a process of Ray's.
-    size = Classifier.open(args.model, 'none').ensemble_size
+    size = Classifier.open(args.model, 'none', max_pixels=args.max_pixels * 1_000_000).ensemble_size
     most = size if args.max_members is None else check_integer('max_members', args.max_members, 1, size)
     check_integer('min_members', args.min_members, 1, most)
     try:

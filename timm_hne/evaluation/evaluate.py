@@ -55,7 +55,7 @@ def evaluate(
     device = next(model.parameters()).device
     metrics = EnsembleMetrics(model.ensemble_size, device)
     img_size = None
-    was_training = model.training
+    was_training = {module: module.training for module in model.modules()}  # some of them may be frozen
     model.eval()
     try:
         for images, target in tqdm(loader, desc='Evaluating', unit='batch', disable=not progress):
@@ -65,7 +65,8 @@ def evaluate(
             metrics.update(member_logits, target)
             img_size = tuple(images.shape[-2:])
     finally:
-        model.train(was_training)
+        for module, training in was_training.items():
+            module.training = training
 
     measured = metrics.compute()
     macs = member_macs(model, img_size)

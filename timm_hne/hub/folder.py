@@ -251,7 +251,7 @@ def _check_loads(folder: Path, stored: HierarchicalEnsemble) -> None:
     except Exception as error:  # timm's, ours or that of a constructor
         raise ValueError(f'model cannot be published, timm cannot build it from its config.json: {error}') from error
     size = loaded.pretrained_cfg['input_size']
-    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0), device='cpu')
     expected = stored.float().eval()(image, stored.ensemble_size)
     error = (loaded(image) - expected).abs().max().item()
     if not error <= TOLERANCE * expected.abs().max().item():

@@ -60,8 +60,11 @@ class MemberPolicy:
             full, rest = divmod(round(behind), largest)
             rounds = full * self.expected(num_members, largest)
             rounds += self.expected(num_members, rest) if rest else 0.
-            following = self.expected(num_members, min(waiting, largest)) if waiting else 0.
-            ends = oldest_age + duration, waiting_age + duration + following, duration + rounds
+            ends = [oldest_age + duration]
+            if waiting:
+                ends.append(waiting_age + duration + self.expected(num_members, min(waiting, largest)))
+            if rounds:  # else nobody but the batch itself, whose deadline may be longer, has to wait
+                ends.append(duration + rounds)
             if max(ends) <= budget:
                 return num_members
         return self.schedule[0]

@@ -10,9 +10,11 @@ import inspect
 import json
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -313,9 +315,12 @@ def _remove_unused(folder: Path) -> None:
         if folder.exists():
             os.utime(folder)
         for other in folder.parent.iterdir():
-            if len(other.name) == 32 and other.stat().st_mtime < time.time() - 86400 * _KEPT_DAYS:
+            # Only folders that are named as ours are: the cache may be a folder that others use too.
+            ours = re.fullmatch('[0-9a-f]{32}', other.name) and other.is_dir()
+            if ours and other.stat().st_mtime < time.time() - 86400 * _KEPT_DAYS:
                 for path in other.glob('*.onnx'):
                     path.unlink()
-                other.rmdir()
+                with suppress(OSError):  # it holds something else
+                    other.rmdir()
     except OSError:
         pass

@@ -43,6 +43,8 @@ class QuantizedEnsemble(OptimizedEnsemble):
         return f'{super().mode}, int8'
 
     def _make(self, name: str) -> Engine:
+        if self.dtype != torch.float32:
+            raise ValueError(f'a model in 8 bits is made of one in float32, got {self.dtype}: do not change its type.')
         images = self.calibration_images
         made_by = Path(__file__).read_bytes() + installed_version('onnxruntime').encode()
         salt = hashlib.sha256(made_by + images.numpy().tobytes()).hexdigest()

@@ -343,7 +343,8 @@ class AdaptiveRunner:
             return batch, {
                 'waiting': len(self._queue),
                 'waiting_age': now - min(request.since for request in self._queue) if self._queue else 0.,
-                'arrival_rate': len(self._arrivals) / self.policy.latency_target,
+                # The last to arrive says nothing of how many do: there would be no batch without it.
+                'arrival_rate': max(0, len(self._arrivals) - 1) / self.policy.latency_target,
             }
 
     def _work(self) -> None:

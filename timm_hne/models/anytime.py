@@ -5,6 +5,7 @@ import time
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 import torch.nn as nn
@@ -147,16 +148,16 @@ def _anytime(
     for stop in schedule:
         key = (*shape, start, stop)
         if deadline is not None and start:
-            past = measured.get(key)
-            if past:
-                expected = max(past)
-            else:
+            past = measured.get(key, ())
+            expected = max(past, default=None)  # another thread may take out the only one
+            if expected is None:
                 expected = spent * _relative_cost(model, start, stop) / _relative_cost(model, 0, start)
             now = _clock()
             if now + expected > deadline:
                 # A step that is never taken gets no new times: one slow time must not rule it out for good.
                 if past and now <= deadline:
-                    past.popleft()
+                    with suppress(IndexError):
+                        past.popleft()
                 return
         begin = _clock()
         members, frontier = step(frontier, start, stop)

@@ -133,7 +133,7 @@ class BranchedEnsemble(HierarchicalEnsemble):
         self.num_classes = num_classes
         self.global_pool = pool
         self.poolings = pool.feat_mult() if global_pool else 0
-        self.head_hidden_size = features * self.nodes[-1]
+        self.head_hidden_size = features * self.ensemble_size
         self.classifier = BranchedIdentity()
         if num_classes:
             self.classifier = BranchedLinear(features, num_classes, self.ensemble_size, **dd)
@@ -207,7 +207,7 @@ class BranchedEnsemble(HierarchicalEnsemble):
             raise ValueError("The features of a member need a pooling, got global_pool=''.")
         x = self.global_pool(x)
         # A pooling that concatenates several ones does so for all members at once; bring each member's together.
-        features = self.num_features // self.nodes[-1]
+        features = self.blocks[-1].out_channels
         x = x.reshape(x.shape[0], self.poolings, stop - start, features).transpose(1, 2).flatten(2)
         x = self.hidden_act(self.hidden(x, span))
         if self.drop_rate > 0.:

@@ -357,7 +357,7 @@ def _verify(model: nn.Module, chain: CutModel) -> None:
     """Raise a RuntimeError unless the parts compute what the model does."""
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, *chain.input_size, generator=generator).to(parameter.device, parameter.dtype)
+    x = torch.randn(2, *chain.input_size, generator=generator, device='cpu').to(parameter.device, parameter.dtype)
     modes = [(module, module.training) for module in (model, *chain.blocks, chain.head) for module in module.modules()]
     try:
         with torch.no_grad(), ShapesOnly():

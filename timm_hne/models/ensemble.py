@@ -39,7 +39,7 @@ class HierarchicalEnsemble(nn.Module):
         blocks: The blocks of the tree; `blocks[b](x, span)` computes some of the nodes of block b.
         num_classes: Number of classes, 0 without a classifier.
         num_features: Channels of the last features, all leaves together.
-        head_hidden_size: Features before the classifier, all leaves together.
+        head_hidden_size: Features before the classifier, all members together.
 
     Raises:
         TypeError: An argument is of a wrong type.
@@ -86,7 +86,7 @@ class HierarchicalEnsemble(nn.Module):
             pre_logits: Return the features before the classifier instead.
 
         Returns:
-            Logits `(B, n, num_classes)`, or features `(B, n, head_hidden_size // leaves)`.
+            Logits `(B, n, num_classes)`, or features `(B, n, head_hidden_size // N)`.
 
         Raises:
             ValueError: The model has no pooling.
@@ -111,6 +111,10 @@ class HierarchicalEnsemble(nn.Module):
         if num_members is None:
             num_members = self.ensemble_size
         self._num_members = validate_num_members(num_members, self.ensemble_size)
+        if '_model_args' in self.__dict__:  # by which timm saves how to make the model again
+            self._model_args = {name: value for name, value in self._model_args.items() if name != 'num_members'}
+            if num_members < self.ensemble_size:
+                self._model_args['num_members'] = num_members
 
     @torch.jit.ignore
     def parts(self) -> Dict[str, NodeWeights]:
@@ -337,7 +341,7 @@ class HierarchicalEnsemble(nn.Module):
         self.nodes = self.nodes[:max_index + 1]
         self._num_members = node_span(self.nodes[-1], 0, self._num_members, leaves)[1]
         self.ensemble_size = node_span(self.nodes[-1], 0, self.ensemble_size, leaves)[1]
-        self.num_features = self.nodes[-1] * self.blocks[-1].out_channels
+        self.num_features = self.ensemble_size * self.blocks[-1].out_channels
         if prune_head:
             self.remove_head()
         return take_indices

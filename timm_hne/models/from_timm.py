@@ -150,8 +150,7 @@ class HNEFromTimm(ReplicatedEnsemble):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
-        if global_pool:  # what a config.json of the model has to say
-            self.base_args['global_pool'] = self._model_args['global_pool'] = global_pool
+        self._model_args = {**self._model_args, **self.model_args}
 
     @property
     def classifier_names(self) -> tuple[str, ...]:
@@ -170,8 +169,8 @@ class HNEFromTimm(ReplicatedEnsemble):
         """The arguments by which `timm.create_model('hne_from_timm', ...)` makes such a model, weights aside."""
         own = ('num_classes', 'in_chans', 'img_size', 'num_members', 'global_pool')
         args = dict(base=self.base, nodes=list(self.nodes), taps=list(self.taps))
-        pool = _get_global_pool(self.heads[0])
-        if pool is not None and 'global_pool' in self.base_args:
+        pool = _get_global_pool(self.heads[0]) if self.poolings else ''
+        if pool is not None:
             args['global_pool'] = pool
         base_args = {
             key: value for key, value in self.base_args.items() if key not in own and not key.endswith('drop_rate')}

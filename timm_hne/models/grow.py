@@ -45,7 +45,7 @@ def grow_nodes(
                 tensor = weights[key]
                 if tensor.is_meta or not tensor.is_floating_point():
                     continue
-                random = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+                random = torch.randn(tensor.shape, generator=generator, device='cpu').to(tensor.device)
                 scale = noise * tensor.detach().float().square().mean().sqrt()
                 weights[key] = (tensor.detach().float() + scale * random).to(tensor.dtype)
         grown.append(weights)

@@ -208,8 +208,8 @@ class ReplicatedEnsemble(HierarchicalEnsemble):
             for module in set(self.heads.modules()) - present:
                 module.to(like.device, like.dtype).training = self.training
             # Another pooling may have more features.
-            hidden = getattr(self.heads[0], 'head_hidden_size', self.head_hidden_size // self.nodes[-1])
-            self.head_hidden_size = hidden * self.nodes[-1]
+            hidden = getattr(self.heads[0], 'head_hidden_size', self.head_hidden_size // self.ensemble_size)
+            self.head_hidden_size = hidden * self.ensemble_size
         self.poolings = int(global_pool != '')
         self.num_classes = num_classes
 

@@ -4,11 +4,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_arch_pretrained_cfgs,
+    load_pretrained,
+    resolve_pretrained_cfg,
+)
 
 from ..pretrained import CONFIG_NAME, available_weights, check_config, read_weights
 from .frontier import check_tree
@@ -55,32 +62,31 @@ def build_model(
     allowed = set(inspect.signature(model_cls).parameters) - {'device', 'dtype'} | {'grow_noise', 'grow_seed'}
     if unknown := sorted(model_args.keys() - allowed):
         raise ValueError(f'model_args in {CONFIG_NAME} may hold {sorted(allowed)}, got {unknown} as well.')
-    if not pretrained:
-        # The names of a tag's classes do not belong to other weights: timm's inference.py would write them.
-        of_tag = pretrained_cfg is None or isinstance(pretrained_cfg, str)
-        others = {'label_names': None} if of_tag else {}
-        return build_model_with_cfg(
-            model_cls,
-            variant,
-            False,
-            pretrained_cfg=pretrained_cfg,
-            pretrained_cfg_overlay={**others, **(pretrained_cfg_overlay or {})},
-            cache_dir=cache_dir,
-            **kwargs,
-        )
+    feature_cls, num_members = kwargs.get('feature_cls', 'getter'), kwargs.get('num_members')
+    if feature_cls != 'getter' and num_members is not None:
+        raise ValueError(
+            f"feature_cls must be 'getter' with num_members, which the others ignore, got {feature_cls!r} with "
+            f'num_members={num_members}.')
     try:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     except RuntimeError as error:
         raise RuntimeError(f'{error} {available_weights()}') from error
     overlay = pretrained_cfg_overlay or {}
+    if cfg.source in ('hf-hub', 'local-dir') and cfg.file and not Path(cfg.file).is_dir():
+        cfg = replace(cfg, source=None, label_names=None)  # a model of the Hub with train.py's --pretrained-path
     if any(key in overlay for key in SOURCES):
-        # Other weights than the tag's: its file must not come before them, nor its names of classes go with them.
-        cfg = replace(cfg, **{'file': None, 'source': None, 'label_names': None, **overlay})
+        # Other weights than the tag's: its file must not come before them.
+        cfg = replace(cfg, **{'file': None, 'source': None, **overlay})
+    if 'label_names' not in overlay and not _has_own_weights(cfg, variant, pretrained):
+        cfg = replace(cfg, label_names=None)  # timm's inference.py would write them as what other weights see
+    if not pretrained:
+        return build_model_with_cfg(model_cls, variant, False, pretrained_cfg=cfg, cache_dir=cache_dir, **kwargs)
     weights, config = read_weights(cfg, cache_dir)
     recorded = cfg
     if config is not None:
         check_config(config, variant, cfg, model_args, pretrained_cfg_overlay)
         recorded = resolve_pretrained_cfg(variant, pretrained_cfg)  # an overlay may state other classes and channels
+    chosen = 'num_classes' in kwargs or 'num_classes' in overlay or kwargs.get('features_only')
 
     def create(**model_kwargs) -> nn.Module:
         # On the meta device nothing is allocated, however large the model would be.
@@ -90,6 +96,10 @@ def build_model(
         meta = model_cls(**on_meta)
         meta.pretrained_cfg = vars(cfg)
         stored = recorded if config is not None else _as_stored(cfg, weights, meta)
+        if not chosen and 0 <= stored.num_classes != meta.num_classes:
+            raise ValueError(
+                f'num_classes must be given, the weights have {stored.num_classes} classes and {variant} has '
+                f'{meta.num_classes}.')
         fitted = fit_weights(weights, meta, stored, grow_noise, grow_seed)
         source = dict(
             state_dict=fitted,
@@ -98,11 +108,24 @@ def build_model(
             first_conv=tuple(name for name in as_names(cfg.first_conv) if f'{name}.weight' in fitted),
         )
         model = model_cls(**model_kwargs)
+        if model.num_classes not in (0, stored.num_classes):
+            model.reset_classifier(model.num_classes)  # those of a tree of copies would be the same for all members
         source['classifier'] = model.classifier_names
         load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans)
         return model
 
     return build_model_with_cfg(create, variant, False, pretrained_cfg=cfg, **kwargs)
+
+
+def _has_own_weights(cfg: PretrainedCfg, variant: str, pretrained: bool) -> bool:
+    """Whether a model has the weights that the names of classes in its cfg are of, by all that is known."""
+    if cfg.source in ('hf-hub', 'local-dir'):
+        return True
+    tags = get_arch_pretrained_cfgs(variant)
+    tag = tags.get(f'{variant}.{cfg.tag}' if cfg.tag else variant)
+    if tag is None or cfg.label_names != tag.label_names:
+        return True  # not the names of a tag of ours
+    return pretrained and all(getattr(cfg, key) == getattr(tag, key) for key in SOURCES)
 
 
 def _as_stored(cfg: PretrainedCfg, weights: dict[str, torch.Tensor], model: nn.Module) -> PretrainedCfg:

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..files import printable, write_file, write_text
 from ..images import find_images
 from ..pretrained import digest, state_digest
 from ..tree import validate_num_members
-from .classifier import Classifier
+from .classifier import Classifier, locate
 from .exported import ExportedEnsemble
 
 Row = dict[str, Any]
@@ -139,6 +139,9 @@ def ray_rows(bulk: Bulk, files: Sequence[tuple[str, str]], workers: int | None =
         ray.init(log_to_driver=False, **here)
     ray.data.DataContext.get_current().enable_progress_bars = False
     most = workers or max(1, int(ray.cluster_resources().get('CPU', 1)))
+    where = locate(bulk.model)
+    if isinstance(where, Path):  # workers have another working directory
+        bulk = replace(bulk, model=str(where.resolve()))
     dataset = ray.data.from_items([{'name': name, 'path': os.path.abspath(path)} for name, path in files])
     dataset = dataset.repartition(max(1, min(len(files) // bulk.batch_size, 10 * most))).map_batches(
         Predictor, fn_constructor_args=(bulk,), batch_size=bulk.batch_size, batch_format='numpy',

@@ -125,7 +125,8 @@ class Classifier:
             results: dict[int, dict[str, Any]] | None = None,
             max_pixels: int = MAX_PIXELS,
     ):
-        check_integer('max_pixels', max_pixels, 1)
+        most = Image.MAX_IMAGE_PIXELS  # Pillow itself refuses twice as many, unless it is None
+        check_integer('max_pixels', max_pixels, 1, most and 2 * most)
         cfg = model.pretrained_cfg
         self.model = model
         self.ensemble_size: int = model.ensemble_size

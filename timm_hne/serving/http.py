@@ -21,6 +21,9 @@ from .classifier import Classifier, ImageError
 from .guard import RECEIVED, BodyGuard, Refused
 from .metrics import CONTENT_TYPE, Metrics
 
+# Seconds after which the proxy has given a request up.
+_OLDEST = 60.
+
 
 def _number(name: str, text: str, kind: type) -> Any:
     try:
@@ -31,12 +34,12 @@ def _number(name: str, text: str, kind: type) -> Any:
 
 
 def _age(received: str) -> float:
-    """Return the seconds that a request has spent in queues, by a guard's stamp; 0 if no guard has written it."""
+    """Return the seconds that a request has spent in queues, by a guard's stamp; 0 if no guard can have written it."""
     try:
         age = time.time() - float(received)
     except ValueError:
         return 0.
-    return max(0., age) if math.isfinite(age) else 0.
+    return age if 0. < age < _OLDEST else 0.
 
 
 def read_options(query: list[tuple[str, str]], ensemble_size: int, num_classes: int) -> dict[str, Any]:

@@ -28,6 +28,9 @@ _KINDS = {
     'wds': ('webdataset',),
 }
 
+# torchvision's sets of which timm takes the test images for whatever is no name of the training images.
+_TWO_SPLITS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'qmnist', 'fashion_mnist')
+_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 _MOST_UNREADABLE = 1000  # in a row: then it is not the images, but the disk
 
@@ -172,10 +175,12 @@ def open_dataset(
     Raises:
         FileNotFoundError: The folder does not exist, or holds no images of the split.
         ImportError: The data set needs a package that is not installed.
-        ValueError: The name is unknown, the folder is missing, the images have another number of channels, or a class
-            folder holds no image, is no class, or has a link to a folder that contains it.
+        ValueError: The name or the split is unknown, the folder is missing, the images have another number of channels,
+            or a class folder holds no image, is no class, or has a link to a folder that contains it.
     """
     kind = _validate_name(name)
+    if kind == 'torch' and name.rpartition('/')[2].lower() in _TWO_SPLITS and split not in _SPLITS:
+        raise ValueError(f'split of dataset {name!r} must be one of {", ".join(_SPLITS)}, got {split!r}.')
     if kind == DIGITS:
         if in_chans != 1:
             raise ValueError(f'{DIGITS} are grey images, the model takes images of {in_chans} channels (in_chans).')

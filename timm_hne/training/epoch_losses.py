@@ -39,7 +39,8 @@ class EpochLosses:
                                 if not math.isfinite(value))
                 kept = 'The last checkpoint is from before. ' if self.epoch else ''
                 raise NonFiniteLossError(
-                    f'the loss is not finite in step {step} (counted from 0) at learning rate {lr:g}: {bad}. '
+                    f'the loss is not finite in epoch {self.epoch + 1}, step {step} of its phase (counted from 0), at '
+                    f'learning rate {lr:g}: {bad}. '
                     f'{kept}A lower lr, warmup_epochs or clip_grad may help.')
         self.total = self.total + values.sum(dim=0)
         self.count += len(self.unread)

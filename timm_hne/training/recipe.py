@@ -173,6 +173,8 @@ class TrainConfig:
         for name, nothing in (('color_jitter', (0,)), ('crop_pct', (None, 1))):
             if self.in_memory and getattr(self, name) not in nothing:
                 raise ValueError(f'{name} does nothing to images that are in_memory, got {getattr(self, name)}.')
+        if self.sched == 'cyclic' and self.warmup_epochs % 1:
+            raise ValueError(f"warmup_epochs must be a whole number for sched 'cyclic', got {self.warmup_epochs}.")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f'batch_size must be even for mixup and cutmix, got {self.batch_size}.')
         if self.phases:

@@ -62,7 +62,7 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, upda
             optimizer,
             milestones=config.decay_milestones,
             decay_rate=config.decay_rate,
-            warmup_t=round(config.warmup_epochs),
+            warmup_t=int(config.warmup_epochs),
         )
     scheduler, _ = create_scheduler_v2(
         optimizer,

@@ -192,7 +192,8 @@ class _Phase:
             checkpoint.check_same_run(recorded, label_names, world_size)
         if config.sync_bn:
             model = convert_sync_batchnorm(model)
-        self.model = model.to(device, memory_format=torch.channels_last if config.channels_last else None)
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(device, memory_format=self.memory_format)
 
         mixed = config.mixup > 0 or config.cutmix > 0
         self.mixup = Mixup(
@@ -327,8 +328,7 @@ class _Phase:
     def _backward(self, images, target, update: bool, losses: EpochLosses, step: int) -> None:
         """Add a batch's gradients, and update the weights if it is the last of its update."""
         config = self.config
-        if config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=self.memory_format)
         if self.mixup is not None:
             images, target = self.mixup(images, target)
         with nullcontext() if update else self.task.no_sync():
@@ -359,8 +359,7 @@ class _Phase:
         evaluators = {n: self.task.create_evaluator() for n in sizes}
         seen = 0
         for images, target in self.val_loader:
-            if self.config.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=self.memory_format)
             with self._autocast():
                 member_logits = self.evaluated(images)
             counted = target >= 0  # the others are unreadable
