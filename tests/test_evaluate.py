@@ -122,10 +122,11 @@ def test_all_members_are_evaluated_whatever_the_default(model, batches):
 def test_model_is_evaluated_in_evaluation_mode_and_left_as_it_was(model, batches):
     other = create()
     other.train()
-    frozen = next(module for module in other.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
+    next(module for module in other.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
+    modes = [module.training for module in other.modules()]
     before = {name: value.clone() for name, value in other.state_dict().items()}
     assert evaluate(other, batches) == evaluate(model, batches)
-    assert [module for module in other.modules() if not module.training] == [frozen]
+    assert other.training and [module.training for module in other.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 

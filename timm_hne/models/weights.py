@@ -75,8 +75,8 @@ def build_model(
     if cfg.source in ('hf-hub', 'local-dir') and cfg.file and not Path(cfg.file).is_dir():
         cfg = replace(cfg, source=None, label_names=None)  # a model of the Hub with train.py's --pretrained-path
     if any(key in overlay for key in SOURCES):
-        # Other weights than the tag's: its file must not come before them.
-        cfg = replace(cfg, **{'file': None, 'source': None, **overlay})
+        # Other weights than the tag's: its file must not come before them, nor its names of classes go with them.
+        cfg = replace(cfg, **{'file': None, 'source': None, 'label_names': None, **overlay})
     if 'label_names' not in overlay and not _has_own_weights(cfg, variant, pretrained):
         cfg = replace(cfg, label_names=None)  # timm's inference.py would write them as what other weights see
     if not pretrained:
