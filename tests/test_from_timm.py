@@ -833,6 +833,7 @@ def test_new_classifiers_of_members_differ(tmp_path):
     other = timm.create_model(f'local-dir:{tmp_path / "net"}', pretrained=True, num_classes=7)
     first, *rest = (classifier.weight for classifier in other.get_classifier())
     assert len(first) == 7 and len(rest) == 2 and not any(torch.equal(first, weight) for weight in rest)
+    assert all(torch.equal(weight.flatten().sort()[0], first.flatten().sort()[0]) for weight in rest)
 
 
 def test_a_model_that_grew_is_published(tmp_path):

@@ -484,10 +484,17 @@ def test_features_only(name, feature_cls):
 
 
 @every_branched
-@pytest.mark.parametrize('feature_cls', ['list', 'hook', 'dict'])
-def test_wrappers_that_would_compute_all_members(name, feature_cls):
+@pytest.mark.parametrize('feature_cls', ['list', 'hook', 'Dict'])
+def test_wrappers_that_would_compute_all_members(name, feature_cls, tmp_path):
     with pytest.raises(ValueError, match=f"feature_cls .*'{feature_cls}'.*num_members=1"):
         make(name, features_only=True, feature_cls=feature_cls, num_members=1, device='meta')
+    model = create(name, num_members=1)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True, feature_cls=feature_cls)
+    channels = [block.nodes * block.out_channels for block in model.blocks]
+    found = loaded(images(model))
+    found = list(found.values()) if isinstance(found, dict) else found
+    assert [y.shape[1] for y in found] == loaded.feature_info.channels() == channels
 
 
 @every_model

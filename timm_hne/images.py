@@ -1,12 +1,12 @@
 """Opening image files and converting them, for training, evaluation and prediction alike."""
+import io
 import math
 import struct
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
-from warnings import catch_warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,7 +18,6 @@ from PIL.TiffImagePlugin import (
     TILELENGTH,
     TILEOFFSETS,
     TILEWIDTH,
-    ImageFileDirectory_v2,
 )
 from timm.data.readers.img_extensions import is_img_extension
 
@@ -61,17 +60,20 @@ def decoded_sizes(image: Image.Image) -> list[tuple[int, int]]:
 
 def _check_parts(file: BinaryIO) -> None:
     """Refuse a TIFF file of more strips or tiles than images have: Pillow makes an object of each when it opens it."""
-    head = file.read(8)
+    head = file.read(16)
     if not head.startswith(tuple(PREFIXES)):
         return
-    counts = [0]
-    with suppress(Exception), catch_warnings(action='ignore'):  # of damaged files, as Pillow itself is about to say
-        tags = ImageFileDirectory_v2(head + (file.read(8) if head[2] == 43 else b''))  # as `TiffImageFile` does
-        file.seek(tags.next)
-        tags.load(file)
-        counts += [len(tags[tag]) for tag in (STRIPOFFSETS, TILEOFFSETS) if tag in tags]
-    if max(counts) > MAX_PARTS:
-        raise ValueError(f'it has {max(counts):,} strips or tiles, more than the {MAX_PARTS:,} that are allowed')
+    order, big = '<' if head.startswith(b'II') else '>', head[2] == 43  # as Pillow reads it
+    try:
+        file.seek(struct.unpack_from(f'{order}Q' if big else f'{order}L', head, 8 if big else 4)[0])
+        number, = struct.unpack(f'{order}Q' if big else f'{order}H', file.read(8 if big else 2))
+        entry = struct.Struct(f'{order}HHQ8x' if big else f'{order}HHL4x')
+        entries = file.read(entry.size * min(number, 65_535))
+    except (OverflowError, ValueError, struct.error):  # it is damaged, as Pillow is about to say
+        return
+    for tag, _, count in entry.iter_unpack(entries[:len(entries) // entry.size * entry.size]):
+        if tag in (STRIPOFFSETS, TILEOFFSETS) and count > MAX_PARTS:
+            raise ValueError(f'it has {count:,} strips or tiles, more than the {MAX_PARTS:,} that are allowed')
 
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
@@ -123,9 +125,13 @@ def open_image(
         OSError, and all others of `UNREADABLE`: It cannot be read.
     """
     if check is not None:
-        with open(file, 'rb') if isinstance(file, (str, PathLike)) else nullcontext(file) as opened:
-            _check_parts(opened)
-            opened.seek(0)
+        if isinstance(file, (str, PathLike)):
+            with open(file, 'rb') as opened:
+                return open_image(opened, mode, check, formats)
+        if not file.seekable():  # a pipe
+            file = io.BytesIO(file.read())
+        _check_parts(file)
+        file.seek(0)
     with Image.open(file, formats=formats) as image:
         if check is not None:
             for size in decoded_sizes(image):

@@ -7,6 +7,8 @@ import socket
 import tempfile
 import threading
 
+from PIL import Image
+
 from ..checks import check_integer, check_number
 from ..inference.engines import ENGINES
 from ..serving.classifier import Classifier
@@ -58,11 +60,11 @@ def run(args: argparse.Namespace) -> None:
     check_number('latency_target', args.latency_target, 0, above=True)
     check_integer('port', args.port, 1, 65535)
     check_integer('max_body', args.max_body, 1)
-    check_integer('max_pixels', args.max_pixels, 1)
+    check_integer('max_pixels', args.max_pixels, 1, 2 * Image.MAX_IMAGE_PIXELS // 1_000_000)  # Pillow refuses more
     threads = max(1, (os.cpu_count() or 1) // args.replicas[1]) if args.threads is None else args.threads
     check_integer('threads', threads, 1)
     # What is wrong with these is better heard now than from a process of Ray's.
-    size = Classifier.open(args.model, 'none', max_pixels=args.max_pixels * 1_000_000).ensemble_size
+    size = Classifier.open(args.model, 'none').ensemble_size
     most = size if args.max_members is None else check_integer('max_members', args.max_members, 1, size)
     check_integer('min_members', args.min_members, 1, most)
     try:

@@ -50,9 +50,9 @@ def extract(model: nn.Module, num_members: int) -> nn.Module:
     result = copy.deepcopy(model, memo)
     result.nodes = nodes
     result.ensemble_size = num_members
-    result.num_members = num_members
     result.num_features = num_members * result.blocks[-1].out_channels
     result.head_hidden_size = model.head_hidden_size // model.ensemble_size * num_members
     # What timm writes into a config.json, from which it builds the tree again.
     result._model_args = {**getattr(model, '_model_args', {}), 'nodes': nodes}
+    result.num_members = num_members
     return result

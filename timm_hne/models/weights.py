@@ -62,18 +62,19 @@ def build_model(
     allowed = set(inspect.signature(model_cls).parameters) - {'device', 'dtype'} | {'grow_noise', 'grow_seed'}
     if unknown := sorted(model_args.keys() - allowed):
         raise ValueError(f'model_args in {CONFIG_NAME} may hold {sorted(allowed)}, got {unknown} as well.')
-    feature_cls, num_members = kwargs.get('feature_cls', 'getter'), kwargs.get('num_members')
-    if feature_cls != 'getter' and num_members is not None:
-        raise ValueError(
-            f"feature_cls must be 'getter' with num_members, which the others ignore, got {feature_cls!r} with "
-            f'num_members={num_members}.')
+    if 'num_members' in kwargs and str(kwargs.get('feature_cls')).lower() in ('list', 'dict', 'hook'):
+        num_members = kwargs.pop('num_members')  # these wrappers do not heed it; who loads may not have asked for it
+        if num_members != model_args.get('num_members'):
+            raise ValueError(
+                f"feature_cls must be 'getter' with num_members, got {kwargs['feature_cls']!r}, which computes all "
+                f'members, with num_members={num_members}.')
     try:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     except RuntimeError as error:
         raise RuntimeError(f'{error} {available_weights()}') from error
     overlay = pretrained_cfg_overlay or {}
-    if cfg.source in ('hf-hub', 'local-dir') and cfg.file and not Path(cfg.file).is_dir():
-        cfg = replace(cfg, source=None, label_names=None)  # a model of the Hub with train.py's --pretrained-path
+    if cfg.source == 'local-dir' and not Path(cfg.file).is_dir():
+        cfg = replace(cfg, source=None, label_names=None)  # train.py's --pretrained-path
     if any(key in overlay for key in SOURCES):
         # Other weights than the tag's: its file must not come before them, nor its names of classes go with them.
         cfg = replace(cfg, **{'file': None, 'source': None, 'label_names': None, **overlay})
@@ -108,13 +109,21 @@ def build_model(
             first_conv=tuple(name for name in as_names(cfg.first_conv) if f'{name}.weight' in fitted),
         )
         model = model_cls(**model_kwargs)
-        if model.num_classes not in (0, stored.num_classes):
-            model.reset_classifier(model.num_classes)  # those of a tree of copies would be the same for all members
         source['classifier'] = model.classifier_names
         load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans)
+        if model.num_classes != stored.num_classes:
+            _part_classifiers(model)
         return model
 
     return build_model_with_cfg(create, variant, False, pretrained_cfg=cfg, **kwargs)
+
+
+@torch.no_grad()
+def _part_classifiers(model: nn.Module) -> None:
+    """Bring the numbers in the classifiers of later members into another order: new ones may be copies of the first."""
+    for name in model.classifier_names[1:]:
+        for weight in model.get_submodule(name).parameters():
+            weight.copy_(weight.flatten()[torch.randperm(weight.numel(), device=weight.device)].view_as(weight))
 
 
 def _has_own_weights(cfg: PretrainedCfg, variant: str, pretrained: bool) -> bool:

@@ -141,7 +141,7 @@ def ray_rows(bulk: Bulk, files: Sequence[tuple[str, str]], workers: int | None =
     most = workers or max(1, int(ray.cluster_resources().get('CPU', 1)))
     where = locate(bulk.model)
     if isinstance(where, Path):  # workers have another working directory
-        bulk = replace(bulk, model=str(where.resolve()))
+        bulk = replace(bulk, model=os.path.abspath(where))
     dataset = ray.data.from_items([{'name': name, 'path': os.path.abspath(path)} for name, path in files])
     dataset = dataset.repartition(max(1, min(len(files) // bulk.batch_size, 10 * most))).map_batches(
         Predictor, fn_constructor_args=(bulk,), batch_size=bulk.batch_size, batch_format='numpy',

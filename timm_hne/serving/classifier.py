@@ -125,8 +125,8 @@ class Classifier:
             results: dict[int, dict[str, Any]] | None = None,
             max_pixels: int = MAX_PIXELS,
     ):
-        most = Image.MAX_IMAGE_PIXELS  # Pillow itself refuses twice as many, unless it is None
-        check_integer('max_pixels', max_pixels, 1, most and 2 * most)
+        check_integer('max_pixels', max_pixels, 1)
+        most = Image.MAX_IMAGE_PIXELS  # Pillow itself refuses more than twice as many, unless it is None
         cfg = model.pretrained_cfg
         self.model = model
         self.ensemble_size: int = model.ensemble_size
@@ -137,7 +137,7 @@ class Classifier:
         self.prefixes: tuple[int, ...] = getattr(model, 'schedule', prefixes(self.ensemble_size))
         self.macs = macs
         self.results = results
-        self.max_pixels = max_pixels
+        self.max_pixels = max_pixels if most is None else min(max_pixels, 2 * most)
         data_config = resolve_model_data_config(model)
         self.input_size: tuple[int, int, int] = tuple(data_config['input_size'])
         channels = {model.in_chans, self.input_size[0], len(data_config['mean']), len(data_config['std'])}
