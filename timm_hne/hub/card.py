@@ -98,12 +98,20 @@ def render_card(
         ensemble_size=nodes[-1],
         results=results,
         rows=rows,
+        objectives=_objectives(results),
     )
     rendered = _join(card.data.to_dict(), card.text)
     if present is None:
         return rendered
     given = {'license': license, 'base_model': base_model, 'datasets': datasets and list(datasets)}
     return renew_card(present, rendered, [key for key, value in given.items() if value])
+
+
+def _objectives(results: dict[str, Any]) -> list[str]:
+    """Return the objectives of a training, in the order of the phases in which they are first met."""
+    recipe = results.get('recipe') or {}
+    phases = recipe.get('phases') or [{'objective': results.get('objective')}]
+    return list(filter(None, dict.fromkeys(phase.get('objective', recipe.get('objective')) for phase in phases)))
 
 
 def renew_card(present: str, rendered: str, given: Sequence[str] = ()) -> str:
