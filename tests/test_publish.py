@@ -205,6 +205,20 @@ def test_the_card(alice, model):
     assert Image.open('net/accuracy.png').size == (720, 480)
 
 
+@pytest.mark.parametrize('recipe, line', [
+    (None, '2 epochs, objective `independent`.'),
+    (dict(objective='codistillation', phases=[]), '2 epochs, objective `independent`.'),
+    (dict(objective='codistillation', phases=[{'lr': 1}]), '2 epochs, objective `codistillation`.'),
+    (
+        dict(objective='codistillation', phases=[dict(objective='independent'), {}, dict(objective='independent')]),
+        '2 epochs, objectives `independent` and `codistillation` in turn.',
+    ),
+])
+def test_the_objectives_of_phases(alice, quick, model, recipe, line):
+    send(model, results={**results_of(model), 'recipe': recipe}, dry_run=True)
+    assert line in Path('net/README.md').read_text()
+
+
 def test_what_the_owner_says_of_the_model(alice, quick, model):
     send(
         model, revision='dev', license='mit', base_model='bob/other', datasets=['bob/pictures', 'alice/more'],
