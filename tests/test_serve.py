@@ -259,7 +259,7 @@ def test_a_deadline_that_cannot_be_kept(serve):
 
 def test_a_late_request_is_answered_if_nobody_waits(serve):
     """As the first one of a replica, for which Ray has to open connections."""
-    client, headers = serve(stamp=False), {RECEIVED.decode(): repr(time.time() - 30.)}
+    client, headers = serve(10., stamp=False), {RECEIVED.decode(): repr(time.time() - 30.)}
     assert client.post('/predict', content=encode(noise()), headers=headers).json()['num_members'] == 1
     response = client.post('/predict?deadline_ms=500', content=encode(noise()), headers=headers)
     assert refused(response, 503, 'deadline=0.5 s')
