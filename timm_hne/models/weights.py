@@ -112,14 +112,14 @@ def build_model(
         source['classifier'] = model.classifier_names
         load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans)
         if model.num_classes != stored.num_classes:
-            _part_classifiers(model)
+            _shuffle_classifiers(model)
         return model
 
     return build_model_with_cfg(create, variant, False, pretrained_cfg=cfg, **kwargs)
 
 
 @torch.no_grad()
-def _part_classifiers(model: nn.Module) -> None:
+def _shuffle_classifiers(model: nn.Module) -> None:
     """Bring the numbers in the classifiers of later members into another order: new ones may be copies of the first."""
     for name in model.classifier_names[1:]:
         for weight in model.get_submodule(name).parameters():
